@@ -1,0 +1,243 @@
+"""What a pass, a target, a zoo model and a dataset are, and the registries that find them.
+
+The driver knows none of them by name. Each is found under an entry-point group of an installed package
+(`edgekit.passes`, `edgekit.targets`, `edgekit.models`, `edgekit.datasets`) or was registered in this process by the decorator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib.metadata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from edgekit.errors import UsageError, nearest
+
+if TYPE_CHECKING:  # heavy imports stay out of `edgekit --help`
+    import numpy as np
+    import onnx_ir as ir
+    import torch
+
+Arrays = dict[str, "np.ndarray"]
+"""Arrays by input or output name."""
+
+
+class Effect(enum.Enum):
+    """What a pass promises about the numbers."""
+
+    EXACT = "exact"
+    """Equal up to rounding: the pipeline checks, and a violation stops the compile."""
+    APPROXIMATE = "approximate"
+    """Changes the numbers on purpose: the pipeline measures by how much."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that a pass looked at and left alone, with the condition that failed."""
+
+    where: str
+    why: str
+
+
+@dataclass
+class Context:
+    """What a pass may use besides the graph; it takes nothing from global state.
+
+    Attributes:
+        calibration: Batches of inputs, each `{input name: array}` in the shapes of the graph's inputs.
+        target: Name of the target that the graph is compiled for.
+        generator: The seeded source of randomness.
+        refusals: Places that nearly matched; filled by `refuse`.
+    """
+
+    calibration: Sequence[Arrays] = ()
+    target: str = ""
+    generator: np.random.Generator | None = None
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def refuse(self, where: str, why: str) -> None:
+        """Notes that the place `where` (a node name) was left alone and which condition failed."""
+        self.refusals.append(Refusal(where, why))
+
+
+class Pass(ABC):
+    """A rewriting of the graph. Subclasses are frozen dataclasses: their fields are the pass's options.
+
+    The docstring draws the graph before and after and names the source.
+    """
+
+    name: ClassVar[str]
+    effect: ClassVar[Effect]
+    default_order: ClassVar[int | None] = None
+    """Place in the recipe that is used when none is given; None: the pass runs only when asked for."""
+
+    @abstractmethod
+    def apply(self, model: ir.Model, context: Context) -> int:
+        """Rewrites `model` in place and returns at how many places; 0 leaves the model unchanged."""
+
+
+class Executable(ABC):
+    """A lowered model that is loaded and can run on this machine."""
+
+    facts: Mapping[str, str] = {}
+    """What the target's runtime says of itself, such as the precision that it executes in."""
+
+    @abstractmethod
+    def run(self, inputs: Arrays) -> Arrays:
+        """Runs the model once. Arrays are in the dtypes and shapes of the graph's inputs and outputs."""
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """A format and runtime that a graph is lowered to. Subclasses are frozen dataclasses with the target's options as fields."""
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Importable modules that the target needs."""
+    extra: ClassVar[str] = ""
+    """The extra of edgekit that installs them."""
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    """The precisions that the target can execute in."""
+    opsets: ClassVar[tuple[int, int]] = (18, 26)
+    """The lowest and highest ONNX opset that the target's front end reads."""
+
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in self.precisions:
+            raise UsageError(
+                f"target '{self.name}' does not execute in precision '{self.precision}'",
+                fix=f"choose one of: {', '.join(self.precisions)}; half the weight bytes on any target: --pass to-float16",
+            )
+
+    def legalize(self, model: ir.Model) -> None:
+        """Replaces, in place, operators that the target lacks by ones that it has."""
+
+    @abstractmethod
+    def lower(self, model: ir.Model, folder: Path) -> None:
+        """Writes the target's native files into `folder`.
+
+        Raises:
+            UnsupportedOpError: The graph has an operator that the target cannot express.
+            LoweringError: The target's compiler failed.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, threads: int) -> Executable:
+        """Loads what `lower` wrote, to run on `threads` threads."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled or unlabelled inputs, split once and for all.
+
+    Attributes:
+        inputs: Per part (`train`, `calibrate`, `test`), the samples without their batch axis, `[S, ...]`.
+        labels: Per part, the class of each sample, `[S]`; empty when there are none.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A model of the zoo.
+
+    Attributes:
+        name: Its name on the command line.
+        build: Makes the module with its trained weights, in evaluation mode.
+        input_shape: Shape of the one input, batch axis first, `[B, C, H, W]`.
+        dataset: Name of the dataset that it was trained on, if any.
+        accuracy: Top-1 on that dataset's test part, as measured by the training command.
+        source: Paper or origin.
+    """
+
+    name: str
+    build: Callable[[], torch.nn.Module]
+    input_shape: tuple[int, ...]
+    dataset: str | None = None
+    accuracy: float | None = None
+    source: str = ""
+
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named things, from this process and from entry points; an entry point is imported when it is first asked for."""
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._local: dict[str, T] = {}
+
+    def add(self, name: str, item: T) -> None:
+        """Adds `item`; a second registration of the same name replaces the first (as a notebook cell run twice does)."""
+        self._local[name] = item
+
+    def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:
+        return {point.name: point for point in importlib.metadata.entry_points(group=self.group)}
+
+    def names(self) -> list[str]:
+        """All names, sorted, without importing anything."""
+        return sorted({*self._local, *self._entry_points()})
+
+    def get(self, name: str) -> T:
+        """Returns the thing called `name`.
+
+        Raises:
+            UsageError: There is no such name (the message gives the nearest), or its package cannot be imported.
+        """
+        if name in self._local:
+            return self._local[name]
+        point = self._entry_points().get(name)
+        if point is None:
+            raise UsageError(f"unknown {self.kind} '{name}'", fix=nearest(name, self.names()))
+        try:
+            loaded: T = point.load()
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                f"{self.kind} '{name}' cannot be imported: {error}",
+                where=f"entry point {point.value} of group {self.group}",
+                fix="reinstall the package that provides it",
+            ) from error
+        return loaded
+
+    def __iter__(self) -> Iterator[tuple[str, T]]:
+        for name in self.names():
+            yield name, self.get(name)
+
+
+passes: Registry[type[Pass]] = Registry("pass", "edgekit.passes")
+targets: Registry[type[Target]] = Registry("target", "edgekit.targets")
+models: Registry[ZooModel] = Registry("model", "edgekit.models")
+datasets: Registry[Callable[[], Dataset]] = Registry("dataset", "edgekit.datasets")
+
+P = TypeVar("P", bound=type[Pass])
+G = TypeVar("G", bound=type[Target])
+
+
+def _require_dataclass(cls: type[Any]) -> None:
+    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise TypeError(f"{cls.__name__} must be a frozen dataclass: its fields are its options")
+
+
+def register_pass(cls: P) -> P:
+    """Class decorator that makes a pass known in this process under `cls.name`."""
+    _require_dataclass(cls)
+    if not isinstance(getattr(cls, "effect", None), Effect):
+        raise TypeError(f"{cls.__name__} must declare `effect`: Effect.EXACT or Effect.APPROXIMATE")
+    passes.add(cls.name, cls)
+    return cls
+
+
+def register_target(cls: G) -> G:
+    """Class decorator that makes a target known in this process under `cls.name`."""
+    _require_dataclass(cls)
+    targets.add(cls.name, cls)
+    return cls

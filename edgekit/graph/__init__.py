@@ -1,0 +1,1 @@
+"""Helpers over onnx_ir graphs that passes, targets and the driver share."""

@@ -1,0 +1,1 @@
+"""Measuring latency, and the statistics of a measurement."""

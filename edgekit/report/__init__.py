@@ -1,0 +1,1 @@
+"""The report of a compile: its schema, and what people see of it."""

@@ -1,0 +1,1 @@
+"""The zoo: one file a model, shared layers, small trained weights."""

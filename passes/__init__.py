@@ -1,0 +1,1 @@
+"""Compiler passes: one file a pass, or one folder a family."""

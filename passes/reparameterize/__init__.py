@@ -1,0 +1,1 @@
+"""Exact structural rewritings: several operators become one that computes the same."""
