@@ -1,8 +1,8 @@
 """edgekit: compile neural networks for phones and small boards, with passes that are checked.
 
-    import edgekit
-    artifact = edgekit.compile("mobileone_digits", target="openvino", data="digits")
-    artifact.run({"x": image})
+import edgekit
+artifact = edgekit.compile("mobileone_digits", target="openvino", data="digits")
+artifact.run({"x": image})
 """
 
 from __future__ import annotations

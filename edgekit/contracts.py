@@ -97,13 +97,11 @@ class Target(ABC):
 
     name: ClassVar[str]
     requires: ClassVar[tuple[str, ...]] = ()
-    """Importable modules that the target needs."""
+    """Names on PyPI of the packages that the target needs; the report gives their versions."""
     extra: ClassVar[str] = ""
     """The extra of edgekit that installs them."""
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     """The precisions that the target can execute in."""
-    opsets: ClassVar[tuple[int, int]] = (18, 26)
-    """The lowest and highest ONNX opset that the target's front end reads."""
 
     precision: str = "fp32"
 
@@ -114,7 +112,7 @@ class Target(ABC):
                 fix=f"choose one of: {', '.join(self.precisions)}; half the weight bytes on any target: --pass to-float16",
             )
 
-    def legalize(self, model: ir.Model) -> None:
+    def legalize(self, model: ir.Model) -> None:  # noqa: B027 (most targets need nothing)
         """Replaces, in place, operators that the target lacks by ones that it has."""
 
     @abstractmethod

@@ -87,6 +87,14 @@ class ParityError(EdgekitError):
     exit_code = 5
 
 
+class PassError(ParityError):
+    """A pass failed, or left a graph that cannot run."""
+
+
+class OutputError(UsageError):
+    """An output folder that cannot be written: it exists, is not writable, or the disk is full."""
+
+
 class BudgetError(EdgekitError):
     """No setting of an approximate pass stays within the accuracy budget."""
 

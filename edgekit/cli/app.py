@@ -1,0 +1,287 @@
+"""The commands. Every heavy import is inside a command, so that `edgekit --help` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from edgekit.errors import EdgekitError, UsageError
+
+if TYPE_CHECKING:
+    from edgekit.progress import Reporter
+    from edgekit.recipe import Recipe
+
+EXIT_CODES = """
+Exit codes: 0 ok · 1 a bug of edgekit · 2 usage (options, recipe, data, output folder) · 3 source or trace failed ·
+4 unsupported operator, or the target's compiler failed · 5 parity broken · 6 accuracy budget missed · 7 device ·
+8 a needed tool is missing · 130 interrupted
+"""
+
+app = typer.Typer(
+    name="edgekit",
+    help="Compile neural networks for phones and small boards, with passes that are checked at every step.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print what was left alone and why; with errors, the traceback.")]
+Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Shape of an input: x:1,3,224,224 or x[1,3,224,224]:float32.")]
+Weights = Annotated[str | None, typer.Option(help="A .safetensors file or state dict to load into the module.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from edgekit import __version__
+
+        typer.echo(f"edgekit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+@app.command("compile")
+def compile_command(
+    model: Annotated[str | None, typer.Argument(help="Zoo name, timm:NAME, FILE.onnx, FILE.pt2, or package.module:factory.")] = None,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="Where to: see `edgekit targets`.")] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option("--pass", "-p", help="A pass, name{option=value}; repeat for more. Default: the exact ones.")
+    ] = None,
+    no_passes: Annotated[bool, typer.Option("--no-passes", help="Run no pass at all.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe.toml; options given beside it win.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Dataset name, folder of images, FILE.npz, or package.module:iterable. Default: noise.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16, as the target offers. Default: fp32.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write. Default: NAME-TARGET.edgekit")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier artifact at --out.")] = False,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    calibration: Annotated[int | None, typer.Option(help="Number of calibration inputs. Default: 8.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Most that approximate passes may cost, in percentage points.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice. Default: 0.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads that the target runs on. Default: all.")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds to measure latency for; 0: do not.", min=0.0)] = 10.0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compile a model: trace, rewrite, check, lower, measure."""
+    from edgekit.compiler import Job, Timing, run_job
+
+    given = {
+        "model": model,
+        "target": target,
+        "passes": () if no_passes else tuple(passes) if passes else None,
+        "data": data,
+        "precision": precision,
+        "inputs": tuple(inputs) if inputs else None,
+        "weights": weights,
+        "calibration": calibration,
+        "max_drop": max_drop,
+        "seed": seed,
+        "threads": threads,
+    }
+    full = _recipe(recipe, {key: value for key, value in given.items() if value is not None})
+    folder = out or Path(f"{_short_name(full.model)}-{full.target.partition('{')[0]}.edgekit")
+    with _reporter(quiet or as_json) as reporter:
+        artifact = run_job(Job(full, timing=Timing(budget_s=seconds)), folder, force=force, reporter=reporter)
+    if as_json:
+        _print_json(artifact.report)
+    elif not quiet:
+        from edgekit.cli.show import console, report_table
+
+        screen = console()
+        screen.print(report_table(artifact.report, verbose))
+        screen.print(f"written to {artifact.path}", highlight=False, markup=False)
+
+
+def _recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
+    import dataclasses
+
+    from edgekit.recipe import Recipe, load_recipe
+
+    if path is not None:
+        return dataclasses.replace(load_recipe(path), **given)
+    for needed, example in (("model", "edgekit compile mobileone_digits --target openvino"), ("target", "--target openvino")):
+        if needed not in given:
+            raise UsageError(f"the {needed} is missing", fix=f"{example}; or --recipe FILE")
+    return Recipe(**given)
+
+
+def _short_name(model: str) -> str:
+    path = Path(model)
+    name = path.stem if path.suffix in (".onnx", ".pt2") else model.rpartition(":")[2]
+    return "".join(character if character.isalnum() or character in "._-" else "_" for character in name) or "model"
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="The folder of a compile.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Repeat the parity check of an artifact."""
+    from edgekit.artifact import open_artifact
+
+    parity = open_artifact(artifact).verify().to_dict()
+    if as_json:
+        _print_json(parity)
+    elif not quiet:
+        from edgekit.cli.show import console, rows_table
+
+        rows = [
+            [key, "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)] for key, value in parity.items()
+        ]
+        console().print(rows_table(f"{artifact}: artifact against the original", ["measure", "value"], rows, (1,)))
+
+
+@app.command()
+def profile(
+    artifact: Annotated[Path, typer.Argument(help="The folder of a compile.")],
+    seconds: Annotated[float, typer.Option(help="Seconds to measure for.", min=0.1)] = 10.0,
+    runs: Annotated[int, typer.Option(help="Runs at most of each side.", min=1)] = 1000,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Time an artifact beside its uncompressed baseline, the two in turn."""
+    from edgekit.artifact import open_artifact
+
+    with _reporter(quiet or as_json) as reporter:
+        reporter.expect(1)
+        with reporter.stage("latency"):
+            latency = open_artifact(artifact).profile(budget_s=seconds, max_runs=runs)
+    if as_json:
+        _print_json(latency)
+    elif not quiet:
+        from edgekit.cli.show import console, latency_table
+
+        console().print(latency_table(latency))
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Zoo name, timm:NAME, FILE.onnx, FILE.pt2, or package.module:factory.")],
+    inputs: Inputs = None,
+    weights: Weights = None,
+    top: Annotated[int, typer.Option(help="How many of the largest layers to show.", min=1)] = 10,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show a model's operators, parameters, MACs, bytes and largest layers."""
+    from edgekit.cli.inspect import inspect_model, inspection_table
+
+    found = inspect_model(model, inputs or [], weights, top)
+    if as_json:
+        _print_json(found)
+    else:
+        from edgekit.cli.show import console
+
+        console().print(inspection_table(found))
+
+
+@app.command("passes")
+def passes_command(as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the passes with each option's type and default."""
+    from edgekit.cli.listing import list_passes, passes_table
+
+    _show(list_passes(), passes_table, as_json)
+
+
+@app.command("targets")
+def targets_command(as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the targets, their precisions, and whether what they need is installed."""
+    from edgekit.cli.listing import list_targets, targets_table
+
+    _show(list_targets(), targets_table, as_json)
+
+
+@app.command("models")
+def models_command(as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the zoo with parameters, MACs and accuracy."""
+    from edgekit.cli.listing import list_models, models_table
+
+    _show(list_models(), models_table, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
+    """Say what is installed, what is missing, and the command that mends it."""
+    from edgekit.cli.doctor import doctor_table, examine
+
+    found = examine()
+    _show(found, doctor_table, as_json)
+    if any(item["required"] and not item["ok"] for item in found):
+        raise typer.Exit(8)
+
+
+def _show(found: list[dict[str, Any]], table: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(found)
+    else:
+        from edgekit.cli.show import console
+
+        console().print(table(found))
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def _reporter(quiet: bool) -> Iterator[Reporter]:
+    if quiet:
+        from edgekit.progress import Reporter
+
+        yield Reporter()
+    elif sys.stderr.isatty():
+        from edgekit.cli.progress import BarReporter
+
+        with BarReporter() as bar:
+            yield bar
+    else:
+        from edgekit.cli.progress import PlainReporter
+
+        yield PlainReporter()
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    sys.exit(128 + signum)  # unwinds, so that half-written folders are removed
+
+
+def main() -> None:
+    """Runs the command line; every error that bad input can cause ends in a message and an exit code of its own."""
+    signal.signal(signal.SIGTERM, _terminated)
+    verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    try:
+        app()  # exits by itself: 0, 2 on a wrong command line, 130 when interrupted
+    except EdgekitError as error:
+        sys.exit(_fail(str(error), error.exit_code, verbose))
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}\n  this is a bug of edgekit: please report it with the output of -v"
+        sys.exit(_fail(message, 1, verbose))
+
+
+def _fail(message: str, code: int, verbose: bool) -> int:
+    if verbose:
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.write(f"error: {message}\n")
+    return code

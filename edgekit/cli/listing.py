@@ -1,0 +1,125 @@
+"""What there is: passes, targets and zoo models, as plain data and as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, get_type_hints
+
+from rich.table import Table
+
+from edgekit import contracts, specs
+from edgekit.cli.show import count, rows_table
+from edgekit.machine import version
+
+
+def _summary(thing: object) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0] if thing.__doc__ else ""
+
+
+def _options(cls: type[Any]) -> list[dict[str, str]]:
+    hints = get_type_hints(cls)
+    options = []
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            default = specs.format_value(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            default = specs.format_value(field.default_factory())
+        else:
+            default = "must be given"
+        options.append({"name": field.name, "type": specs.type_name(hints[field.name]), "default": default})
+    return options
+
+
+def list_passes() -> list[dict[str, Any]]:
+    """Every pass with its effect, its options, and whether it belongs to the default recipe."""
+    return [
+        {
+            "name": name,
+            "effect": cls.effect.value,
+            "default": cls.default_order is not None,
+            "summary": _summary(cls),
+            "options": _options(cls),
+        }
+        for name, cls in contracts.passes
+    ]
+
+
+def passes_table(found: list[dict[str, Any]]) -> Table:
+    """The passes as a table."""
+    rows = []
+    for item in found:
+        options = "\n".join(f"{option['name']}: {option['type']} = {option['default']}" for option in item["options"])
+        rows.append([item["name"], item["effect"], "yes" if item["default"] else "", options or "none", item["summary"]])
+    return rows_table("passes", ["name", "effect", "by default", "options", "what it does"], rows)
+
+
+def list_targets() -> list[dict[str, Any]]:
+    """Every target with its precisions, its options, and what of its needs is missing."""
+    found = []
+    for name, cls in contracts.targets:
+        missing = [package for package in cls.requires if version(package) is None]
+        found.append(
+            {
+                "name": name,
+                "precisions": list(cls.precisions),
+                "options": [option for option in _options(cls) if option["name"] != "precision"],
+                "missing": missing,
+                "install": f"pip install -c constraints.txt 'edgekit[{cls.extra}]'" if missing else None,
+                "summary": _summary(cls),
+            }
+        )
+    return found
+
+
+def targets_table(found: list[dict[str, Any]]) -> Table:
+    """The targets as a table."""
+    rows = [
+        [
+            item["name"],
+            ", ".join(item["precisions"]),
+            "\n".join(f"{option['name']}: {option['type']} = {option['default']}" for option in item["options"]) or "none",
+            item["install"] or "ready",
+            item["summary"],
+        ]
+        for item in found
+    ]
+    return rows_table("targets", ["name", "precisions", "options", "state", "what it is"], rows)
+
+
+def list_models() -> list[dict[str, Any]]:
+    """Every zoo model with its parameters, its MACs and its accuracy as its training measured it."""
+    from edgekit.cli.inspect import inspect_model
+
+    found = []
+    for name, model in contracts.models:
+        inspected = inspect_model(name, [], None, top=0)
+        found.append(
+            {
+                "name": name,
+                "parameters": inspected["parameters"],
+                "macs": inspected["macs"],
+                "input": "×".join(map(str, model.input_shape)),
+                "values": math.prod(model.input_shape),
+                "dataset": model.dataset,
+                "accuracy": model.accuracy,
+                "source": model.source,
+            }
+        )
+    return found
+
+
+def models_table(found: list[dict[str, Any]]) -> Table:
+    """The zoo as a table."""
+    rows = [
+        [
+            item["name"],
+            count(item["parameters"]),
+            count(item["macs"]),
+            item["input"],
+            "–" if item["accuracy"] is None else f"{100 * item['accuracy']:.2f} % ({item['dataset']}, held out)",
+            item["source"],
+        ]
+        for item in found
+    ]
+    return rows_table("models", ["name", "parameters", "MACs", "input", "top-1", "source"], rows, right=(1, 2))

@@ -1,0 +1,258 @@
+"""`edgekit compile`: from a model to a checked and timed artifact, one stage after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekit import native, specs
+from edgekit.artifact import BASELINE, OPTIMIZED, PARITY, RECIPE, REPORT, Artifact, KeptParity, save_parity
+from edgekit.contracts import Context, Pass, Target
+from edgekit.errors import BudgetError, MissingToolError
+from edgekit.evaluate import Evaluator, Outcome, in_worker
+from edgekit.graph.canonicalize import canonicalize
+from edgekit.graph.cost import cost
+from edgekit.graph.files import save_model
+from edgekit.graph.opset import to_opset
+from edgekit.graph.precision import graph_precision, lowest
+from edgekit.graph.shapes import infer_shapes
+from edgekit.inputs import parse_inputs
+from edgekit.isolation import Worker
+from edgekit.machine import available_threads, version, versions
+from edgekit.original import Opener, Original
+from edgekit.pipeline import Budget, PassResult, run_passes
+from edgekit.profile.host import latency
+from edgekit.progress import Reporter
+from edgekit.recipe import IN_MEMORY, Recipe, dump_recipe
+from edgekit.report.build import Compiled, build_report, write_report
+from edgekit.staging import staged
+from edgekit.trace import OPSET
+from edgekit.verify import assert_close, compare
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long to measure latency.
+
+    Attributes:
+        budget_s: Seconds at most; 0: not at all.
+        max_runs: Runs at most of each side.
+    """
+
+    budget_s: float = 10.0
+    max_runs: int = 1000
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compile as the Python API gives it: a recipe and what a recipe cannot hold.
+
+    Attributes:
+        recipe: What to compile and how.
+        module: A module in memory with its example inputs, or None.
+        data: An iterable of samples in memory, or None.
+        passes: The passes in memory, or None for those of the recipe.
+        timing: How long to measure latency.
+    """
+
+    recipe: Recipe
+    module: tuple[torch.nn.Module, Any] | None = None
+    data: Iterable[Any] | None = None
+    passes: Sequence[Pass] | None = None
+    timing: Timing = Timing()
+
+
+def compile(
+    model: str | Path | torch.nn.Module,
+    example_inputs: Any = None,
+    *,
+    target: str,
+    passes: Sequence[str | Pass] | None = None,
+    data: str | Iterable[Any] | None = None,
+    precision: str = "fp32",
+    out: str | Path | None = None,
+    inputs: Sequence[str] = (),
+    weights: str | None = None,
+    calibration: int = 8,
+    max_drop: float | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    force: bool = False,
+    timing: Timing | None = None,
+    reporter: Reporter | None = None,
+) -> Artifact:
+    """Compiles a model for a target.
+
+    Args:
+        model: A module, a path, or any name that the command line takes.
+        example_inputs: For a module: a tensor or array, a sequence of them, or a mapping by argument name.
+        target: Name of the target, with options in braces where it has some.
+        passes: Passes or their specification strings, in order; None: the default recipe.
+        data: A dataset name, a folder of images, an `.npz`, `package.module:iterable`, or an iterable of samples;
+            None: seeded noise, and the report says so.
+        precision: The precision that the target executes in.
+        out: The artifact's folder; None: a temporary one that lives as long as the returned artifact.
+        inputs: Shapes of inputs, such as `x:1,3,224,224`.
+        weights: A `.safetensors` file or state dict to load into the module.
+        calibration: Number of calibration inputs.
+        max_drop: The most that approximate passes may cost, in percentage points.
+        seed: Seed of every random choice.
+        threads: Threads that the target runs on; 0: all that this process may use.
+        force: Whether an earlier artifact at `out` is replaced.
+        timing: How long to measure latency; None: ten seconds.
+        reporter: Told how far the compile has come.
+
+    Raises:
+        EdgekitError: One of its subclasses, see `edgekit.errors`.
+    """
+    named = isinstance(model, str | Path)
+    made = None if passes is None else [specs.make_pass(item) if isinstance(item, str) else item for item in passes]
+    recipe = Recipe(
+        model=str(model) if named else f"{IN_MEMORY}{type(model).__module__}.{type(model).__qualname__}",
+        target=target,
+        precision=precision,
+        passes=None if made is None else tuple(specs.format_spec(item.name, item) for item in made),
+        data=data if data is None or isinstance(data, str) else f"{IN_MEMORY}{type(data).__qualname__}",
+        inputs=tuple(inputs),
+        weights=weights,
+        calibration=calibration,
+        max_drop=max_drop,
+        seed=seed,
+        threads=threads,
+    )
+    job = Job(
+        recipe,
+        module=None if isinstance(model, str | Path) else (model, example_inputs),
+        data=None if isinstance(data, str) else data,
+        passes=made,
+        timing=timing or Timing(),
+    )
+    keep = None
+    if out is None:
+        keep = tempfile.TemporaryDirectory(prefix="edgekit-")
+        out = Path(keep.name) / "artifact"
+    artifact = run_job(job, Path(out), force=force, reporter=reporter or Reporter())
+    artifact.keep = keep
+    return artifact
+
+
+def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, worker: Worker | None = None) -> Artifact:
+    """Compiles and writes the artifact to `out`.
+
+    Args:
+        job: What to compile and how.
+        out: The artifact's folder.
+        force: Whether an earlier artifact at `out` is replaced.
+        reporter: Told how far the compile has come.
+        worker: The process for native code; None: one is started and ended.
+
+    Raises:
+        EdgekitError: One of its subclasses.
+    """
+    # Everything that may have been mistyped is looked at before anything slow.
+    recipe = job.recipe
+    target = recipe.make_target()
+    passes = recipe.make_passes() if job.passes is None else list(job.passes)
+    inputs = parse_inputs(recipe.inputs)
+    _require_installed(target)
+    recipe = dataclasses.replace(recipe, passes=tuple(specs.format_spec(item.name, item) for item in passes))
+    threads = recipe.threads or available_threads()
+    reporter.expect(len(passes) + (7 if job.timing.budget_s else 6))
+    with contextlib.ExitStack() as stack:
+        worker = stack.enter_context(Worker()) if worker is None else worker
+        folder = stack.enter_context(staged(out, force))
+        opener = Opener(recipe, inputs, recipe.data if job.data is None else job.data, folder, threads, worker, reporter)
+        original = opener.open(job.module)
+        compiled = _optimize_and_lower(recipe, target, passes, original, folder, threads, worker, reporter)
+        if job.timing.budget_s:
+            compiled.latency = _measure(original, target, folder, threads, job.timing, recipe.seed, worker, reporter)
+        found = versions(target.requires)
+        (folder / RECIPE).write_text(dump_recipe(recipe, found), encoding="utf-8")
+        report = build_report(recipe, original, compiled, reporter.stages, found, folder)
+        write_report(folder / REPORT, report)
+    return Artifact(out, report, recipe)
+
+
+def _optimize_and_lower(
+    recipe: Recipe,
+    target: Target,
+    passes: list[Pass],
+    original: Original,
+    folder: Path,
+    threads: int,
+    worker: Worker,
+    reporter: Reporter,
+) -> Compiled:
+    evaluator = Evaluator(worker, original.data, folder, threads)
+    with reporter.stage("canonicalize"):
+        graph = canonicalize(to_opset(original.model.clone(), OPSET))
+        infer_shapes(graph)
+        canonical = evaluator.run(graph, "canonicalize")
+        parity = assert_close(original.outcome.outputs, canonical.outputs, stage="canonicalize", precision=graph_precision(graph))
+    context = Context(original.data.calibration, target.name, np.random.default_rng(recipe.seed))
+    budget = None if recipe.max_drop is None else Budget(recipe.max_drop)
+    graph, optimized, results = run_passes(graph, passes, context, evaluator, canonical, reporter, budget)
+    stage = f"lower to {target.name}"
+    with reporter.stage(stage):
+        save_model(graph, folder / OPTIMIZED)
+        in_worker(worker, stage, native.lower, target, folder / OPTIMIZED, folder)
+    with reporter.stage("run artifact"):
+        outputs, facts = in_worker(worker, "run artifact", native.run_lowered, target, folder, evaluator.feeds, threads)
+        lowered = evaluator.outcome(outputs, facts)
+        precision = lowest(graph_precision(graph), target.precision)
+        assert_close(optimized.outputs, lowered.outputs, stage=f"lowering to {target.name}", precision=precision)
+        _hold_budget(budget, canonical, lowered, results)
+        save_parity(folder / PARITY, KeptParity(original.data.calibration, original.reference, optimized.outputs))
+    return Compiled(
+        original_cost=cost(original.baseline),
+        canonical=parity,
+        passes=results,
+        base=canonical,
+        lowered=lowered,
+        parity=compare(original.reference, lowered.outputs),
+        precision=precision,
+    )
+
+
+def _hold_budget(budget: Budget | None, base: Outcome, lowered: Outcome, results: list[PassResult]) -> None:
+    if budget is None or (excess := budget.exceeded(base, lowered)) is None:
+        return
+    undone = [f"{result.spec}: {result.undone}" for result in results if result.undone]
+    raise BudgetError(
+        f"the compiled model misses the accuracy budget: {excess}",
+        where="; ".join(undone) or None,
+        fix="raise --max-drop, or choose another precision or weaker passes",
+    )
+
+
+def _measure(
+    original: Original, target: Target, folder: Path, threads: int, timing: Timing, seed: int, worker: Worker, reporter: Reporter
+) -> dict[str, Any]:
+    baseline = folder / BASELINE
+    with reporter.stage("lower baseline"):
+        baseline.mkdir()
+        files = save_model(original.baseline, baseline / "source.onnx")
+        in_worker(worker, "lower baseline", native.lower, target, files[0], baseline)
+        for file in files:
+            file.unlink()
+    with reporter.stage("latency"):
+        folders = {"result": folder, "baseline": baseline}
+        return latency(worker, target, folders, original.data.calibration[0], threads, timing.budget_s, timing.max_runs, seed)
+
+
+def _require_installed(target: Target) -> None:
+    for package in target.requires:
+        if version(package) is None:
+            raise MissingToolError(
+                f"target '{target.name}' needs the package '{package}'", fix=f"pip install -c constraints.txt 'edgekit[{target.extra}]'"
+            )

@@ -1,0 +1,311 @@
+"""Inputs for calibration and evaluation: a named dataset, a folder of images, an `.npz`, an iterable, or seeded noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekit import contracts
+from edgekit.contracts import Arrays
+from edgekit.errors import DataError, EdgekitError, nearest
+from edgekit.source import import_object
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the graph declares of an input.
+
+    Attributes:
+        shape: All dimensions, batch first.
+        dtype: numpy's dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass
+class Data:
+    """Batches in the shapes of the graph's inputs.
+
+    Attributes:
+        origin: Where the data came from, for the report.
+        calibration: Batches for calibration and parity.
+        selection: Batches on which a setting may be chosen, with `selection_labels`.
+        test: Batches that only final figures are measured on, with `test_labels`.
+        notes: What the report must say about the data.
+    """
+
+    origin: str
+    calibration: list[Arrays]
+    selection: list[Arrays] = field(default_factory=list)
+    selection_labels: np.ndarray | None = None
+    test: list[Arrays] = field(default_factory=list)
+    test_labels: np.ndarray | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def declared_inputs(model: ir.Model) -> dict[str, Declared]:
+    """Shapes and dtypes of the graph's inputs, which must be static, by name."""
+    declared = {}
+    for value in model.graph.inputs:
+        assert value.name is not None
+        assert value.shape is not None
+        assert value.dtype is not None
+        declared[value.name] = Declared(tuple(int(dim) for dim in value.shape), np.dtype(value.dtype.numpy()))
+    return declared
+
+
+def load_data(
+    origin: str | Iterable[Any] | None,
+    declared: dict[str, Declared],
+    *,
+    calibration: int,
+    seed: int,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> Data:
+    """Reads the data that the user named.
+
+    Args:
+        origin: As on the command line, or an iterable of samples; None: noise.
+        declared: What the graph declares of its inputs.
+        calibration: Number of calibration batches.
+        seed: Seed of noise.
+        statistics: Mean and standard deviation per channel for images.
+
+    Raises:
+        DataError: The data cannot be read or does not fit the inputs.
+    """
+    if origin is None:
+        return _noise(declared, calibration, seed)
+    if not isinstance(origin, str):
+        return Data("an iterable in memory", _from_iterable(origin, "the data", declared, calibration))
+    if origin in contracts.datasets.names():
+        return _from_dataset(origin, declared, calibration)
+    path = Path(origin)
+    if path.is_dir():
+        return _from_images(path, declared, calibration, statistics)
+    if path.suffix == ".npz":
+        return _from_npz(path, declared, calibration)
+    if ":" in origin and not path.exists():
+        made = import_object(origin, DataError)
+        if callable(made):
+            try:
+                made = made()
+            except EdgekitError:
+                raise
+            except Exception as error:  # the user's code
+                raise DataError(f"the data raised {type(error).__name__}: {error}", where=origin, fix="correct it") from error
+        return Data(origin, _from_iterable(made, origin, declared, calibration))
+    raise DataError(
+        f"there is no data '{origin}'",
+        fix=f"{nearest(origin, contracts.datasets.names())}; or a folder of images, FILE.npz, package.module:iterable",
+    )
+
+
+def _noise(declared: dict[str, Declared], calibration: int, seed: int) -> Data:
+    rng = np.random.default_rng(seed)
+    batches = []
+    for _ in range(calibration):
+        batch = {}
+        for name, what in declared.items():
+            if what.dtype.kind in "iu":
+                batch[name] = rng.integers(0, 2, what.shape).astype(what.dtype)
+            elif what.dtype.kind == "b":
+                batch[name] = rng.integers(0, 2, what.shape).astype(bool)
+            else:
+                # The mean is not zero, so that a fault that a symmetric input hides is seen.
+                batch[name] = rng.normal(0.25, 1.0, what.shape).astype(what.dtype)
+        batches.append(batch)
+    return Data("seeded noise", batches, notes=["no data was given: parity was measured on seeded noise, accuracy was not"])
+
+
+def _single_input(declared: dict[str, Declared], origin: str) -> tuple[str, Declared]:
+    if len(declared) != 1:
+        raise DataError(
+            f"the data holds one array a sample, the model takes {len(declared)} inputs",
+            where=origin,
+            fix=f"give an .npz with the arrays {', '.join(declared)}",
+        )
+    return next(iter(declared.items()))
+
+
+def _batches(arrays: dict[str, np.ndarray], declared: dict[str, Declared], origin: str) -> list[Arrays]:
+    """Cuts arrays of samples `[S, ...]` into batches of the size that the graph declares; what does not fill a batch is left out."""
+    sizes = {name: what.shape[0] if what.shape else 1 for name, what in declared.items()}
+    count = min(len(array) // sizes[name] if array.ndim else 0 for name, array in arrays.items())
+    if not count:
+        raise DataError("the data holds too few samples for one batch", where=origin, fix=f"give at least {max(sizes.values())}")
+    batches = []
+    for index in range(count):
+        batch = {}
+        for name, what in declared.items():
+            size = sizes[name]
+            part = arrays[name][index * size : (index + 1) * size] if what.shape else arrays[name][index]
+            batch[name] = _fit(part, what, name, origin)
+        batches.append(batch)
+    return batches
+
+
+def _fit(array: np.ndarray, what: Declared, name: str, origin: str) -> np.ndarray:
+    """Holds a batch to the declared shape and casts it to the declared dtype."""
+    if array.shape != what.shape:
+        raise DataError(
+            f"a batch of '{name}' is {list(array.shape)}, the model takes {list(what.shape)}",
+            where=origin,
+            fix=f"give the data in that shape, or the model the shape of the data: --input {name}:{_dims(what, array)}",
+        )
+    return _cast(array, what, name, origin)
+
+
+def _dims(what: Declared, array: np.ndarray) -> str:
+    return ",".join(str(dim) for dim in (what.shape[0] if what.shape else 1, *array.shape[1:]))
+
+
+def _cast(array: np.ndarray, what: Declared, name: str, origin: str) -> np.ndarray:
+    """Casts between float types, and between integer types where the values fit; anything else is an error."""
+    if array.dtype.kind in "fV" or what.dtype.kind in "fV":
+        if array.dtype.kind not in "fiuV" or what.dtype.kind not in "fV":
+            raise DataError(f"'{name}' is {array.dtype}, the model takes {what.dtype}", where=origin, fix=f"convert it to {what.dtype}")
+        if array.dtype.kind in "f" and not np.isfinite(array).all():
+            raise DataError(f"'{name}' holds NaN or infinite values", where=origin, fix="remove these samples")
+        return np.asarray(array, dtype=what.dtype, order="C")
+    cast = array.astype(what.dtype)
+    if not np.array_equal(cast, array):
+        raise DataError(f"values of '{name}' do not fit {what.dtype}", where=origin, fix=f"convert the data to {what.dtype}")
+    return np.asarray(cast, order="C")
+
+
+def _from_dataset(name: str, declared: dict[str, Declared], calibration: int) -> Data:
+    dataset = contracts.datasets.get(name)()
+    input_name, _ = _single_input(declared, name)
+    parts = {part: _batches({input_name: array}, declared, name) for part, array in dataset.inputs.items() if part != "train"}
+
+    def labels(part: str) -> np.ndarray | None:
+        if part not in dataset.labels:
+            return None
+        size = declared[input_name].shape[0]
+        return dataset.labels[part][: len(parts[part]) * size]
+
+    return Data(
+        name,
+        parts["calibrate"][:calibration],
+        selection=parts["calibrate"],
+        selection_labels=labels("calibrate"),
+        test=parts["test"],
+        test_labels=labels("test"),
+    )
+
+
+def _from_npz(path: Path, declared: dict[str, Declared], calibration: int) -> Data:
+    origin = str(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise DataError("there is no such file", where=origin, fix="check the path") from error
+    except Exception as error:  # zip and header errors of many kinds, refused pickles
+        raise DataError(f"the file is not an .npz of plain arrays: {error}", where=origin, fix="write it by numpy.savez") from error
+    labels = arrays.pop("labels", None)
+    if len(declared) == 1 and len(arrays) == 1:
+        arrays = {next(iter(declared)): next(iter(arrays.values()))}
+    for name in declared:
+        if name not in arrays:
+            raise DataError(f"the file has no array '{name}'", where=origin, fix=f"it holds: {', '.join(arrays) or 'nothing'}")
+    batches = _batches({name: arrays[name] for name in declared}, declared, origin)
+    data = Data(origin, batches[:calibration])
+    if labels is not None:
+        samples = len(batches) * max(what.shape[0] if what.shape else 1 for what in declared.values())
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) < samples:
+            raise DataError(
+                f"'labels' must be {samples} whole numbers, it is {labels.dtype} {list(labels.shape)}",
+                where=origin,
+                fix="one class a sample",
+            )
+        data.selection = data.test = batches
+        data.selection_labels = data.test_labels = labels[:samples]
+        data.notes.append(f"{origin} has one part: calibration and accuracy use the same samples")
+    return data
+
+
+def _from_iterable(items: Any, origin: str, declared: dict[str, Declared], calibration: int) -> list[Arrays]:
+    """Takes batches from an iterable of arrays, tensors, tuples of them, or mappings by input name."""
+    try:
+        batches = [_named(item, origin, declared) for item in islice(items, calibration)]
+    except EdgekitError:
+        raise
+    except Exception as error:  # the user's code
+        raise DataError(f"the data raised {type(error).__name__}: {error}", where=origin, fix="it must be an iterable of arrays") from error
+    if not batches:
+        raise DataError("the data is empty", where=origin, fix="give at least one sample")
+    return batches
+
+
+def _named(item: Any, origin: str, declared: dict[str, Declared]) -> Arrays:
+    if isinstance(item, dict):
+        given = item
+    elif len(declared) == 1:
+        # Loaders of labelled data give (input, label).
+        given = {next(iter(declared)): item[0] if isinstance(item, tuple | list) and len(item) else item}
+    elif isinstance(item, Sequence) and len(item) >= len(declared):
+        given = dict(zip(declared, item, strict=False))
+    else:
+        raise DataError(f"a sample has no arrays for {', '.join(declared)}", where=origin, fix="give mappings by input name")
+    arrays = {}
+    for name, what in declared.items():
+        if name not in given:
+            raise DataError(f"a sample has no '{name}'", where=origin, fix=f"it holds: {', '.join(map(str, given))}")
+        array = np.asarray(given[name])
+        # A sample may come without its batch axis.
+        whole = array[None] if array.ndim == len(what.shape) - 1 and what.shape[0] == 1 else array
+        arrays[name] = _fit(whole, what, name, origin)
+    return arrays
+
+
+def _from_images(
+    folder: Path, declared: dict[str, Declared], calibration: int, statistics: tuple[tuple[float, ...], tuple[float, ...]] | None
+) -> Data:
+    origin = str(folder)
+    name, what = _single_input(declared, origin)
+    if len(what.shape) != 4 or what.shape[1] not in (1, 3) or what.dtype.kind not in "fu":
+        raise DataError(
+            f"the input '{name}' {list(what.shape)} does not take images", where=origin, fix="images need an input [B, 1 or 3, H, W]"
+        )
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+    if not files:
+        raise DataError("the folder holds no images", where=origin, fix=f"known endings: {', '.join(sorted(_IMAGE_SUFFIXES))}")
+    notes = []
+    if statistics is None and what.dtype.kind == "f":
+        notes.append("the mean and deviation that the model expects of images are not known: pixels were scaled to 0..1")
+    images = np.stack([_image(path, what, statistics) for path in files[: calibration * what.shape[0]]])
+    return Data(origin, _batches({name: images}, declared, origin), notes=notes)
+
+
+def _image(path: Path, what: Declared, statistics: tuple[tuple[float, ...], tuple[float, ...]] | None) -> np.ndarray:
+    """Reads an image as `[C, H, W]`: the shorter side resized, the centre cropped, scaled to 0..1 and normalized."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    _, channels, height, width = what.shape
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.fit(opened.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"the image cannot be read: {error}", where=str(path), fix="remove or replace it") from error
+    pixels = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+    if what.dtype.kind == "u":
+        return pixels.astype(what.dtype)
+    scaled = pixels.astype(np.float64) / 255.0
+    if statistics is not None:
+        mean, deviation = (np.asarray(values, dtype=np.float64).reshape(-1, 1, 1) for values in statistics)
+        scaled = (scaled - mean) / deviation
+    return scaled.astype(what.dtype)

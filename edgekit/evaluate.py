@@ -1,0 +1,103 @@
+"""Running a graph on the user's data at any stage of a compile, to see what a stage did to the numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from edgekit import metrics, native
+from edgekit.contracts import Arrays
+from edgekit.data import Data
+from edgekit.errors import LoweringError
+from edgekit.graph.files import save_model
+from edgekit.isolation import Worker, WorkerDiedError, WorkerRaisedError
+
+
+@dataclass
+class Outcome:
+    """What a stage computes.
+
+    Attributes:
+        outputs: Outputs on the calibration batches.
+        selection: Per sample of the selection data, whether the prediction is right; None without labels.
+        test: The same on the test data.
+        facts: What the runtime says of itself.
+    """
+
+    outputs: list[Arrays]
+    selection: np.ndarray | None = None
+    test: np.ndarray | None = None
+    facts: dict[str, str] | None = None
+
+
+class Evaluator:
+    """Runs stages on the data of a compile, in the worker process.
+
+    Args:
+        worker: The process that native code runs in.
+        data: The data of the compile.
+        folder: An existing folder for temporary files.
+        threads: Threads to run on.
+    """
+
+    def __init__(self, worker: Worker, data: Data, folder: Path, threads: int) -> None:
+        self._worker = worker
+        self._data = data
+        self._folder = folder
+        self._threads = threads
+
+    @property
+    def feeds(self) -> list[Arrays]:
+        """All batches in the order that `outcome` takes the outputs in: calibration, selection, test."""
+        return [*self._data.calibration, *self._data.selection, *self._data.test]
+
+    def outcome(self, outputs: list[Arrays], facts: dict[str, str] | None = None) -> Outcome:
+        """Splits outputs on `feeds` into those of the calibration batches and the labelled parts' correctness."""
+        data = self._data
+        first, second = len(data.calibration), len(data.calibration) + len(data.selection)
+        outcome = Outcome(outputs[:first], facts=facts)
+        if data.selection_labels is not None:
+            outcome.selection = metrics.top1(outputs[first:second], data.selection_labels)
+        if data.test_labels is not None:
+            outcome.test = metrics.top1(outputs[second:], data.test_labels)
+        return outcome
+
+    def run(self, model: ir.Model, stage: str) -> Outcome:
+        """Runs a graph in ONNX Runtime.
+
+        Raises:
+            UnsupportedOpError, LoweringError: ONNX Runtime refused the graph or crashed.
+        """
+        path = self._folder / "stage.onnx"
+        files = save_model(model, path)
+        try:
+            outputs = in_worker(self._worker, stage, native.run_onnx, path, self.feeds, self._threads)
+        finally:
+            for file in files:
+                file.unlink(missing_ok=True)
+        return self.outcome(outputs)
+
+
+def in_worker(worker: Worker, stage: str, function, *arguments):  # type: ignore[no-untyped-def]
+    """Calls `function(*arguments)` in the worker and turns a crash there into an error that names the stage.
+
+    Raises:
+        LoweringError: The worker crashed, or the function raised something that is not an error of edgekit.
+    """
+    try:
+        return worker.call(function, *arguments)
+    except WorkerDiedError as error:
+        raise LoweringError(
+            f"the process that ran '{stage}' {error.reason}" + (f"; it last said: {error.output.splitlines()[-1]}" if error.output else ""),
+            where=f"stage {stage}",
+            fix="try another target or precision, or leave out the last pass",
+        ) from error
+    except WorkerRaisedError as error:
+        raise LoweringError(
+            f"'{stage}' failed: {error.kind}: {error.message.splitlines()[0][:300] if error.message else ''}",
+            where=f"stage {stage}",
+            fix="try another target or precision; -v prints the whole error",
+        ) from error

@@ -1,0 +1,71 @@
+"""What runs in the worker process: everything that hands a graph to native code.
+
+Functions here take and return plain data, since they are called through `edgekit.isolation.Worker`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgekit.contracts import Arrays, Target
+from edgekit.errors import LoweringError, UnsupportedOpError
+
+
+def run_onnx(path: Path, feeds: Sequence[Arrays], threads: int) -> list[Arrays]:
+    """Runs an ONNX file in ONNX Runtime, once per feed.
+
+    Graph optimizations are off: the graph is computed as written, and a fault of the optimizer is not taken for one of a pass.
+
+    Raises:
+        UnsupportedOpError: ONNX Runtime has no kernel for an operator.
+        LoweringError: ONNX Runtime refused the graph.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")  # prepacked copies would double the weights in memory
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        return [dict(zip(names, session.run(names, feed), strict=True)) for feed in feeds]
+    except Exception as error:  # ONNX Runtime's exception classes share no base
+        text = str(error).strip()
+        kind = UnsupportedOpError if "NOT_IMPLEMENTED" in text else LoweringError
+        raise kind(
+            f"ONNX Runtime cannot run the graph: {text.splitlines()[0][:300] if text else type(error).__name__}",
+            fix="check the model with onnx.checker; every check of edgekit runs the graph in ONNX Runtime",
+        ) from error
+
+
+def lower(target: Target, onnx_path: Path, folder: Path) -> None:
+    """Lowers an ONNX file into `folder` by `target`, legalized first."""
+    import onnx_ir as ir
+
+    model = ir.load(onnx_path)
+    target.legalize(model)
+    target.lower(model, folder)
+
+
+def run_lowered(target: Target, folder: Path, feeds: Sequence[Arrays], threads: int) -> tuple[list[Arrays], dict[str, str]]:
+    """Loads what `lower` wrote and runs it once per feed; also returns what the runtime says of itself."""
+    executable = target.load(folder, threads)
+    return [executable.run(feed) for feed in feeds], dict(executable.facts)
+
+
+def time_lowered(
+    target: Target, folders: dict[str, Path], feed: Arrays, threads: int, budget_s: float, max_runs: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Times several lowered models in turn in one process; returns milliseconds per run, `[runs]` each, by name."""
+    from functools import partial
+
+    from edgekit.profile.measure import time_in_turn
+
+    loaded = {name: target.load(folder, threads) for name, folder in folders.items()}
+    candidates = {name: partial(executable.run, feed) for name, executable in loaded.items()}
+    return time_in_turn(candidates, budget_s=budget_s, max_runs=max_runs, rng=np.random.default_rng(seed))

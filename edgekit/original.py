@@ -1,0 +1,182 @@
+"""The uncompressed model: opened, traced, checked against PyTorch, and run on the user's data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgekit.contracts import Arrays
+from edgekit.data import Data, declared_inputs, load_data
+from edgekit.errors import EdgekitError, SourceError, TraceError, UnsupportedOpError
+from edgekit.evaluate import Evaluator, Outcome
+from edgekit.graph.check import check_model
+from edgekit.graph.precision import graph_precision
+from edgekit.graph.shapes import infer_shapes, pin_inputs
+from edgekit.inputs import InputSpec
+from edgekit.isolation import Worker
+from edgekit.progress import Reporter
+from edgekit.recipe import IN_MEMORY, Recipe
+from edgekit.source import Source, from_module, open_source
+from edgekit.trace import EXPORTERS, Traced, run_module, trace
+from edgekit.verify import assert_close, outputs_vary
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Original:
+    """The uncompressed model.
+
+    Attributes:
+        source: As it came.
+        model: Its graph, as exported or read.
+        baseline: The graph that its latency is measured on: what the exporter gives by default, or the file as it was given.
+        data: The user's data in the shapes of its inputs.
+        reference: Its own outputs on the calibration batches: PyTorch's, or ONNX Runtime's on the file as it was given.
+        outcome: What its graph computes in ONNX Runtime.
+        notes: What the report must say.
+    """
+
+    source: Source
+    model: ir.Model
+    baseline: ir.Model
+    data: Data
+    reference: list[Arrays]
+    outcome: Outcome
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Opens models under one recipe.
+
+    Attributes:
+        recipe: The recipe.
+        inputs: Its input descriptions.
+        data: The data: the recipe's, or an iterable in memory.
+        folder: An existing folder for temporary files.
+        threads: Threads to run on.
+        worker: The process for native code.
+        reporter: Told how far it has come.
+    """
+
+    recipe: Recipe
+    inputs: Sequence[InputSpec]
+    data: str | Iterable[Any] | None
+    folder: Path
+    threads: int
+    worker: Worker
+    reporter: Reporter
+
+    def open(self, module: tuple[torch.nn.Module, Any] | None = None) -> Original:
+        """Opens the recipe's model, or the module and example inputs that are given.
+
+        Raises:
+            SourceError, TraceError, ParityError, DataError: The model or its data cannot be used.
+        """
+        with self.reporter.stage("open"):
+            source = self._source(module)
+        original = self._from_graph(source) if source.module is None else self._from_module(source)
+        original.notes = [*source.notes, *original.notes, *original.data.notes, *_warnings(original.reference)]
+        return original
+
+    def _source(self, module: tuple[torch.nn.Module, Any] | None) -> Source:
+        recipe = self.recipe
+        if module is not None:
+            return from_module(*module, self.inputs, recipe.seed)
+        if recipe.model.startswith(IN_MEMORY):
+            raise SourceError(
+                "this recipe's model was a module in memory, which a file cannot name",
+                where=recipe.model,
+                fix="set `model` in the recipe to a file or to package.module:factory",
+            )
+        return open_source(recipe.model, self.inputs, recipe.weights, recipe.seed)
+
+    def _load(self, source: Source, model: ir.Model) -> tuple[Data, Evaluator]:
+        data = load_data(
+            self.data,
+            declared_inputs(model),
+            calibration=self.recipe.calibration,
+            seed=self.recipe.seed,
+            statistics=source.image_statistics,
+        )
+        return data, Evaluator(self.worker, data, self.folder, self.threads)
+
+    def _from_graph(self, source: Source) -> Original:
+        model = source.model
+        assert model is not None
+        with self.reporter.stage("check"):
+            notes = check_model(model, source.name)
+            pin_inputs(model, pins(model, self.inputs))
+            infer_shapes(model)
+        with self.reporter.stage("run original"):
+            data, evaluator = self._load(source, model)
+            outcome = evaluator.run(model, "run original")
+        return Original(source, model, model, data, outcome.outputs, outcome, notes)
+
+    def _from_module(self, source: Source) -> Original:
+        failures: list[EdgekitError] = []
+        for exporter in EXPORTERS:
+            try:
+                return self._traced(source, exporter, failures)
+            except (TraceError, UnsupportedOpError) as error:
+                failures.append(error)
+        first, second = failures
+        raise TraceError(f"the model cannot be traced: {first.what}", where=f"{first.where}; then {second.what}", fix=first.fix) from first
+
+    def _traced(self, source: Source, exporter: str, failures: list[EdgekitError]) -> Original:
+        with self.reporter.stage("trace"):
+            traced = trace(source, exporter)
+            notes = check_model(traced.model, source.name)
+            for model in (traced.model, traced.baseline):
+                pin_inputs(model, example_pins(model, source))
+                infer_shapes(model)
+        with self.reporter.stage("check trace"):
+            data, evaluator = self._load(source, traced.model)
+            input_names = [str(value.name) for value in traced.model.graph.inputs]
+            output_names = [str(value.name) for value in traced.model.graph.outputs]
+            reference = run_module(source, data.calibration, input_names, output_names)
+            outcome = evaluator.run(traced.model, "check trace")
+            _assert_traced(traced, reference, outcome)
+        notes += [f"{failure.what}; the {exporter} exporter was used" for failure in failures]
+        return Original(source, traced.model, traced.baseline, data, reference, outcome, notes)
+
+
+def _assert_traced(traced: Traced, reference: list[Arrays], outcome: Outcome) -> None:
+    from edgekit.errors import ParityError
+
+    stage = f"the {traced.exporter} exporter"
+    try:
+        assert_close(reference, outcome.outputs, stage=stage, precision=graph_precision(traced.model))
+    except ParityError as error:
+        raise TraceError(
+            f"{stage} gave a graph that computes something else than PyTorch: {error.what}", where=error.where, fix="report it to PyTorch"
+        ) from error
+
+
+def pins(model: ir.Model, inputs: Sequence[InputSpec]) -> dict[str, tuple[tuple[int, ...], str | None]]:
+    """The user's shapes and dtypes by input name; a description without a name stands for the only input."""
+    if len(inputs) == 1 and not inputs[0].name and len(model.graph.inputs) == 1:
+        return {str(model.graph.inputs[0].name): (inputs[0].shape, inputs[0].dtype)}
+    return {spec.name: (spec.shape, spec.dtype) for spec in inputs}
+
+
+def example_pins(model: ir.Model, source: Source) -> dict[str, tuple[tuple[int, ...], str | None]]:
+    """The shapes of the example inputs that a graph was traced with, by input name."""
+    shapes = [tuple(tensor.shape) for tensor in source.example_inputs]
+    return {str(value.name): (shape, None) for value, shape in zip(model.graph.inputs, shapes, strict=False)}
+
+
+def _warnings(reference: list[Arrays]) -> list[str]:
+    notes = []
+    if any(array.dtype.kind == "f" and not np.isfinite(array).all() for outputs in reference for array in outputs.values()):
+        notes.append("the original model gives NaN or infinite outputs: parity is only measured where they are finite")
+    if len(reference) > 1 and not outputs_vary(reference):
+        notes.append("the original model gives the same outputs on all calibration inputs: parity proves little")
+    return notes

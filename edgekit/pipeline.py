@@ -1,0 +1,149 @@
+"""Running passes in order: every EXACT pass is held to its promise, every APPROXIMATE one is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from edgekit import specs
+from edgekit.contracts import Context, Effect, Pass, Refusal
+from edgekit.errors import EdgekitError, LoweringError, PassError, UnsupportedOpError
+from edgekit.evaluate import Evaluator, Outcome
+from edgekit.graph.cost import Cost, cost
+from edgekit.graph.shapes import infer_shapes
+from edgekit.metrics import MetricDifference, difference
+from edgekit.progress import Reporter
+from edgekit.verify import Parity, assert_close, compare
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass did.
+
+    Attributes:
+        spec: The pass as a specification string.
+        effect: What it promises.
+        rewrites: At how many places it rewrote; 0: it found no match.
+        seconds: Time of the rewriting itself.
+        parity: Its outputs against the graph before it; None where it changed nothing.
+        cost: Of the graph after it.
+        metric: Accuracy after it and the difference to the uncompressed model; None without labels.
+        refusals: Places that nearly matched.
+        undone: Why it was taken back, or None.
+    """
+
+    spec: str
+    effect: Effect
+    rewrites: int
+    seconds: float
+    parity: Parity | None
+    cost: Cost
+    metric: MetricDifference | None
+    refusals: tuple[Refusal, ...] = ()
+    undone: str | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that approximate passes may cost together.
+
+    Attributes:
+        max_drop: In percentage points of top-1 accuracy on the selection data; without labels, of agreement with the
+            uncompressed model on the calibration data.
+    """
+
+    max_drop: float
+
+    def exceeded(self, base: Outcome, now: Outcome) -> str | None:
+        """Says by how much the budget is exceeded, or None."""
+        if base.selection is not None and now.selection is not None:
+            drop = 100.0 * float(base.selection.mean() - now.selection.mean())
+            what = f"{drop:.2f} points of accuracy on {len(base.selection)} selection samples"
+        else:
+            agreement = compare(base.outputs, now.outputs).top1_agreement
+            if agreement is None:
+                return None
+            drop = 100.0 * (1.0 - agreement)
+            what = f"{drop:.2f} points of agreement with the uncompressed model"
+        return f"it costs {what}, the budget is {self.max_drop:g}" if drop > self.max_drop else None
+
+
+def run_passes(
+    model: ir.Model,
+    passes: Sequence[Pass],
+    context: Context,
+    evaluator: Evaluator,
+    base: Outcome,
+    reporter: Reporter,
+    budget: Budget | None = None,
+) -> tuple[ir.Model, Outcome, list[PassResult]]:
+    """Applies `passes` in order.
+
+    Args:
+        model: The canonical graph; it is changed in place.
+        passes: The passes.
+        context: What passes may use.
+        evaluator: Runs the graph on the data.
+        base: The uncompressed model's outcome.
+        reporter: Told of each pass.
+        budget: The accuracy budget, if there is one.
+
+    Returns:
+        The rewritten graph, its outcome, and what each pass did.
+
+    Raises:
+        ParityError: An EXACT pass changed the numbers; it is named.
+    """
+    before = base
+    results = []
+    for item in passes:
+        spec = specs.format_spec(item.name, item)
+        with reporter.stage(f"pass {spec}"):
+            kept = model.clone() if budget is not None and item.effect is Effect.APPROXIMATE else None
+            context = dataclasses.replace(context, refusals=[])
+            start = time.perf_counter()
+            rewrites = _apply(item, spec, model, context)
+            seconds = time.perf_counter() - start
+            parity, undone, after = None, None, before
+            if rewrites:
+                infer_shapes(model)
+                after = _run(evaluator, model, spec)
+                parity = _judge(item, spec, before, after)
+                if budget is not None and kept is not None and (undone := budget.exceeded(base, after)):
+                    model, after = kept, before
+            metric = difference(base.test, after.test) if base.test is not None and after.test is not None else None
+            results.append(PassResult(spec, item.effect, rewrites, seconds, parity, cost(model), metric, tuple(context.refusals), undone))
+            before = after
+    return model, before, results
+
+
+def _apply(item: Pass, spec: str, model: ir.Model, context: Context) -> int:
+    try:
+        return item.apply(model, context)
+    except EdgekitError:
+        raise
+    except Exception as error:  # a pass may be anybody's code
+        raise PassError(
+            f"pass '{spec}' failed: {type(error).__name__}: {error}",
+            where=f"{type(item).__module__}.{type(item).__qualname__}",
+            fix="leave the pass out, or correct it; -v prints the whole error",
+        ) from error
+
+
+def _run(evaluator: Evaluator, model: ir.Model, spec: str) -> Outcome:
+    try:
+        return evaluator.run(model, f"pass {spec}")
+    except (LoweringError, UnsupportedOpError) as error:
+        raise PassError(
+            f"pass '{spec}' left a graph that does not run: {error.what}", where=error.where, fix="leave the pass out, or correct it"
+        ) from error
+
+
+def _judge(item: Pass, spec: str, before: Outcome, after: Outcome) -> Parity:
+    if item.effect is Effect.APPROXIMATE:
+        return compare(before.outputs, after.outputs)
+    return assert_close(before.outputs, after.outputs, stage=f"pass '{spec}'")

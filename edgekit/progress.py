@@ -1,0 +1,42 @@
+"""Telling somebody how far a compile has come, and keeping the time of each stage."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """A finished stage and its wall-clock time."""
+
+    name: str
+    seconds: float
+
+
+class Reporter:
+    """Keeps the stages and says nothing; the command line's reporters override the three hooks."""
+
+    def __init__(self) -> None:
+        self.stages: list[StageTime] = []
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Marks the stage `name`; a stage that raises is not kept."""
+        self.started(name)
+        start = time.perf_counter()
+        yield
+        done = StageTime(name, time.perf_counter() - start)
+        self.stages.append(done)
+        self.finished(done)
+
+    def expect(self, stages: int) -> None:
+        """Is told how many stages there will be."""
+
+    def started(self, name: str) -> None:
+        """Is told that a stage began."""
+
+    def finished(self, stage: StageTime) -> None:
+        """Is told that a stage ended."""

@@ -1,0 +1,106 @@
+"""A recipe: everything that a compile depends on, as a TOML file that repeats it."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from edgekit import contracts, specs
+from edgekit.contracts import Pass, Target
+from edgekit.errors import RecipeError
+
+IN_MEMORY = "(in memory) "
+"""Prefix of `Recipe.model` for a module that was handed over in Python: such a recipe names it but cannot open it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to compile and how. Its fields are the keys of the file.
+
+    Attributes:
+        model: A zoo name, `timm:NAME`, a file, or `package.module:factory`.
+        target: Name of the target, with options in braces where it has some.
+        precision: The precision that the target executes in.
+        passes: Pass specifications in order; None stands for every pass that belongs to the default recipe.
+        data: A dataset name, a folder of images, an `.npz`, or `package.module:iterable`; None: seeded noise.
+        inputs: Shapes of inputs, such as `x:1,3,224,224`.
+        weights: A `.safetensors` file or a state dict, loaded into the module before tracing.
+        calibration: Number of calibration inputs.
+        max_drop: The most that approximate passes may cost, in percentage points of the metric.
+        seed: Seed of every random choice.
+        threads: Threads that the target runs on; 0: all that this process may use.
+    """
+
+    model: str
+    target: str
+    precision: str = "fp32"
+    passes: tuple[str, ...] | None = None
+    data: str | None = None
+    inputs: tuple[str, ...] = ()
+    weights: str | None = None
+    calibration: int = 8
+    max_drop: float | None = None
+    seed: int = 0
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.calibration < 1:
+            raise RecipeError(f"calibration = {self.calibration}: at least one input is needed", fix="give a whole number from 1")
+        if self.threads < 0:
+            raise RecipeError(f"threads = {self.threads} is negative", fix="give 0 for all threads, or their number")
+        if self.seed < 0:
+            raise RecipeError(f"seed = {self.seed} is negative", fix="give a whole number from 0")
+
+    def make_target(self) -> Target:
+        """Makes the target.
+
+        Raises:
+            RecipeError, UsageError: The target, one of its options or the precision does not exist.
+        """
+        name, options = specs.split_spec(self.target)
+        cls = contracts.targets.get(name)
+        return specs.make(cls, {"precision": self.precision, **options}, f"target '{name}'")
+
+    def make_passes(self) -> list[Pass]:
+        """Makes the passes in order; without `passes`, those of the default recipe.
+
+        Raises:
+            RecipeError, UsageError: A pass or one of its options does not exist.
+        """
+        if self.passes is None:
+            defaults = [cls for _, cls in contracts.passes if cls.default_order is not None]
+            return [cls() for cls in sorted(defaults, key=lambda cls: (cls.default_order or 0, cls.name))]
+        return [specs.make_pass(spec) for spec in self.passes]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        RecipeError: The file cannot be read, is not TOML, has an unknown key or a value of the wrong type.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"the recipe cannot be read: {error.strerror}", where=str(path), fix="check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe is not valid TOML: {error}", where=str(path), fix="correct the file at that line") from error
+    table.pop("versions", None)
+    try:
+        return specs.make(Recipe, table, "the recipe")
+    except RecipeError as error:
+        raise RecipeError(error.what, where=str(path), fix=error.fix) from error
+
+
+def dump_recipe(recipe: Recipe, versions: dict[str, str]) -> str:
+    """Prints a recipe as TOML that `load_recipe` reads; `versions` are kept for the reader."""
+    table: dict[str, Any] = {key: value for key, value in dataclasses.asdict(recipe).items() if value is not None}
+    for key in ("passes", "inputs"):
+        if key in table:
+            table[key] = list(table[key])
+    return tomli_w.dumps({**table, "versions": versions})

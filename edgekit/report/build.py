@@ -1,0 +1,131 @@
+"""report.json: everything that a compile found out, in the form of `schema.json` beside this file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit.artifact import SCHEMA, describe_files
+from edgekit.data import declared_inputs
+from edgekit.evaluate import Outcome
+from edgekit.graph.cost import Cost
+from edgekit.metrics import Metric, difference
+from edgekit.original import Original
+from edgekit.pipeline import PassResult
+from edgekit.progress import StageTime
+from edgekit.recipe import Recipe
+from edgekit.verify import Parity
+
+
+@dataclass
+class Compiled:
+    """What the stages after opening found out.
+
+    Attributes:
+        original_cost: Of the uncompressed model's graph as the exporter gives it by default.
+        canonical: The canonical graph's outputs against those of the graph as it was exported or read.
+        passes: What each pass did.
+        base: The canonical graph's outcome, the uncompressed model of every accuracy difference.
+        lowered: The artifact's outcome.
+        parity: The artifact's outputs against the original model's own.
+        precision: The lowest precision that anything in the artifact computes in.
+        latency: The dictionary `latency`, or None where it was not measured.
+    """
+
+    original_cost: Cost
+    canonical: Parity
+    passes: list[PassResult]
+    base: Outcome
+    lowered: Outcome
+    parity: Parity
+    precision: str
+    latency: dict[str, Any] | None = None
+
+
+def build_report(
+    recipe: Recipe, original: Original, compiled: Compiled, stages: Sequence[StageTime], versions: dict[str, str], folder: Path
+) -> dict[str, Any]:
+    """Puts the report together.
+
+    Args:
+        recipe: What was compiled and how.
+        original: The uncompressed model.
+        compiled: What the stages after opening found out.
+        stages: The stages and their times.
+        versions: Versions of the packages that took part.
+        folder: The artifact's folder, complete but for the report.
+    """
+    base, lowered = compiled.base, compiled.lowered
+    files = describe_files(folder)
+    parameters = original.source.parameters()
+    return {
+        "schema": SCHEMA,
+        "model": {
+            "source": recipe.model,
+            "name": original.source.name,
+            "parameters": compiled.original_cost.parameters if parameters is None else parameters,
+            "macs": compiled.original_cost.macs,
+            "bytes": compiled.original_cost.bytes,
+            "inputs": _inputs(original),
+            "outputs": _outputs(original),
+            "metric": _metric(base.test),
+        },
+        "target": {"name": recipe.make_target().name, "precision": recipe.precision, "facts": lowered.facts or {}},
+        "data": {"source": original.data.origin, "calibration": len(original.data.calibration)},
+        "stages": [{"name": stage.name, "seconds": round(stage.seconds, 4)} for stage in stages],
+        "canonical": {"parity": compiled.canonical.to_dict()},
+        "passes": [_pass(result) for result in compiled.passes],
+        "artifact": {
+            "path": ".",
+            "precision": compiled.precision,
+            "bytes": sum(file["bytes"] for file in files.values()),
+            "files": files,
+            "parity": compiled.parity.to_dict(),
+            "metric": _metric(lowered.test, base.test),
+        },
+        "latency": compiled.latency,
+        "notes": original.notes,
+        "versions": versions,
+    }
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Writes the report as JSON."""
+    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _inputs(original: Original) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "shape": list(declared.shape), "dtype": declared.dtype.name}
+        for name, declared in declared_inputs(original.model).items()
+    ]
+
+
+def _outputs(original: Original) -> list[dict[str, Any]]:
+    return [{"name": name, "shape": list(array.shape), "dtype": array.dtype.name} for name, array in original.reference[0].items()]
+
+
+def _pass(result: PassResult) -> dict[str, Any]:
+    return {
+        "spec": result.spec,
+        "effect": result.effect.value,
+        "rewrites": result.rewrites,
+        "seconds": round(result.seconds, 4),
+        "parity": None if result.parity is None else result.parity.to_dict(),
+        "parameters": result.cost.parameters,
+        "macs": result.cost.macs,
+        "bytes": result.cost.bytes,
+        "metric": None if result.metric is None else result.metric.to_dict(),
+        "refusals": [{"where": refusal.where, "why": refusal.why} for refusal in result.refusals],
+        "undone": result.undone,
+    }
+
+
+def _metric(correct: Any, base: Any = None) -> dict[str, Any] | None:
+    """The metric as a dictionary: alone for the uncompressed model, with the paired difference to it for the artifact."""
+    if correct is None:
+        return None
+    return Metric.of(correct).to_dict() if base is None else difference(base, correct).to_dict()

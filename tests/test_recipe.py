@@ -1,0 +1,86 @@
+"""Recipe files repeat a compile and name what is wrong in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgekit.errors import RecipeError, UsageError
+from edgekit.recipe import Recipe, dump_recipe, load_recipe
+
+text = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(
+    st.builds(
+        Recipe,
+        model=text,
+        target=text,
+        precision=st.sampled_from(["fp32", "fp16"]),
+        passes=st.one_of(st.none(), st.lists(text).map(tuple)),
+        data=st.one_of(st.none(), text),
+        inputs=st.lists(text).map(tuple),
+        calibration=st.integers(1, 1000),
+        max_drop=st.one_of(st.none(), st.floats(0, 100)),
+        seed=st.integers(0, 2**32),
+        threads=st.integers(0, 64),
+    )
+)
+def test_round_trip(recipe: Recipe) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.toml"
+        path.write_text(dump_recipe(recipe, {"torch": "2.13.0"}), encoding="utf-8")
+        assert load_recipe(path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('model = "a"\ntarget = "b"\npases = []\n', "did you mean 'passes'?"),
+        ('model = "a"\n', "needs the option target"),
+        ('model = 1\ntarget = "b"\n', "a quoted string"),
+        ("model = \n", "not valid TOML"),
+        ('model = "a"\ntarget = "b"\ncalibration = 0\n', "at least one"),
+        ('model = "a"\ntarget = "b"\nthreads = -1\n', "negative"),
+    ],
+)
+def test_wrong_recipes(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(content)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert says in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_recipe_and_one_that_is_not_text(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load_recipe(tmp_path / "binary.toml")
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe("m", "openvin").make_target()
+    assert "did you mean 'openvino'?" in str(caught.value)
+    with pytest.raises(UsageError) as caught:
+        Recipe("m", "openvino", passes=("fold-batch-nrom",)).make_passes()
+    assert "did you mean 'fold-batch-norm'?" in str(caught.value)
+    with pytest.raises(UsageError) as caught:
+        Recipe("m", "openvino", precision="fp8").make_target()
+    assert "fp32, fp16, bf16" in str(caught.value)
+
+
+def test_the_default_recipe_is_every_exact_pass_in_order() -> None:
+    names = [item.name for item in Recipe("m", "openvino").make_passes()]
+    assert names[:2] == ["fold-batch-norm", "merge-branches"]
+    assert "to-float16" not in names
+    assert Recipe("m", "openvino", passes=()).make_passes() == []
