@@ -23,9 +23,9 @@ lint: .venv/.test
 	$(BIN)/mypy
 
 bench: .venv/.test
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/light_networks.py
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.light_networks
 
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "edgekit needs Python 3.11 or newer: make PYTHON=python3.11 ..." >&2; exit 1; }

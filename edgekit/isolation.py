@@ -57,10 +57,12 @@ class Worker:
 
     Args:
         memory_limit: Bytes of address space that the process may take; None: no limit.
+        time_limit: Seconds that a call may take; None: no limit.
     """
 
-    def __init__(self, memory_limit: int | None = None) -> None:
+    def __init__(self, memory_limit: int | None = None, time_limit: float | None = None) -> None:
         self._memory_limit = memory_limit
+        self._time_limit = time_limit
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: IO[bytes] | None = None
         self._answers: IO[bytes] | None = None
@@ -77,20 +79,20 @@ class Worker:
         """Process id of the running worker, or None."""
         return self._process.pid if self._process else None
 
-    def call(self, function: Callable[..., R], *arguments: Any, timeout: float | None = None) -> R:
+    def call(self, function: Callable[..., R], *arguments: Any) -> R:
         """Runs `function(*arguments)` in the worker and returns its result.
 
         Raises:
             EdgekitError: The function raised it.
             WorkerRaisedError: The function raised something else.
-            WorkerDiedError: The process crashed, was killed, or ran past `timeout` seconds.
+            WorkerDiedError: The process crashed, was killed, or ran past the time limit.
         """
         if self._process is None or self._process.poll() is not None:
             self._start()
         assert self._requests is not None
         try:
             _send(self._requests, (function, arguments))
-            kind, value = self._receive(timeout)
+            kind, value = self._receive()
         except (EOFError, BrokenPipeError):
             raise self._died() from None
         except BaseException:  # an interrupt must not leave an answer behind for the next call
@@ -132,15 +134,15 @@ class Worker:
         self._answers = os.fdopen(answer_read, "rb")
         _send(self._requests, (sys.path, self._memory_limit))
 
-    def _receive(self, timeout: float | None) -> tuple[str, Any]:
+    def _receive(self) -> tuple[str, Any]:
         assert self._answers is not None
         assert self._process is not None
-        if timeout is not None:
+        if self._time_limit is not None:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._answers, selectors.EVENT_READ)
-                if not selector.select(timeout):
+                if not selector.select(self._time_limit):
                     self._process.kill()
-                    raise self._died(f"did not finish within {timeout:g} s")
+                    raise self._died(f"did not finish within {self._time_limit:g} s")
         kind, value = _load(self._answers)
         return kind, value
 

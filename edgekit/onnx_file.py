@@ -37,7 +37,15 @@ def read_onnx(path: Path) -> ir.Model:
     for tensor in _external_tensors(model):
         _check_external(tensor, folder, path)
         tensor.base_dir = str(folder)
+    _drop_weight_inputs(model.graph)
     return model
+
+
+def _drop_weight_inputs(graph: ir.Graph) -> None:
+    """Old files list every initializer as an input too, which nobody feeds: it would count as an input that may change."""
+    fed = [value for value in graph.inputs if not value.is_initializer()]
+    if len(fed) != len(graph.inputs):
+        graph.inputs[:] = fed
 
 
 def _parse(path: Path) -> onnx.ModelProto:

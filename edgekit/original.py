@@ -113,6 +113,7 @@ class Opener:
         assert model is not None
         with self.reporter.stage("check"):
             notes = check_model(model, source.name)
+            model.graph.sort()  # a file may list its nodes in any order; everything from here on reads them in this one
             pin_inputs(model, pins(model, self.inputs))
             infer_shapes(model)
         with self.reporter.stage("run original"):

@@ -14,6 +14,7 @@ from edgekit.contracts import Context, Effect, Pass, Refusal
 from edgekit.errors import EdgekitError, LoweringError, PassError, UnsupportedOpError
 from edgekit.evaluate import Evaluator, Outcome
 from edgekit.graph.cost import Cost, cost
+from edgekit.graph.precision import graph_precision
 from edgekit.graph.shapes import infer_shapes
 from edgekit.metrics import MetricDifference, difference
 from edgekit.progress import Reporter
@@ -112,7 +113,7 @@ def run_passes(
             if rewrites:
                 infer_shapes(model)
                 after = _run(evaluator, model, spec)
-                parity = _judge(item, spec, before, after)
+                parity = _judge(item, spec, before, after, graph_precision(model))
                 if budget is not None and kept is not None and (undone := budget.exceeded(base, after)):
                     model, after = kept, before
             metric = difference(base.test, after.test) if base.test is not None and after.test is not None else None
@@ -143,7 +144,7 @@ def _run(evaluator: Evaluator, model: ir.Model, spec: str) -> Outcome:
         ) from error
 
 
-def _judge(item: Pass, spec: str, before: Outcome, after: Outcome) -> Parity:
+def _judge(item: Pass, spec: str, before: Outcome, after: Outcome, precision: str) -> Parity:
     if item.effect is Effect.APPROXIMATE:
         return compare(before.outputs, after.outputs)
-    return assert_close(before.outputs, after.outputs, stage=f"pass '{spec}'")
+    return assert_close(before.outputs, after.outputs, stage=f"pass '{spec}'", precision=precision)

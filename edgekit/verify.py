@@ -89,15 +89,11 @@ def tolerance(kind: str | np.dtype[Any]) -> Tolerance:
     Raises:
         UsageError: There is no such precision or dtype.
     """
-    if isinstance(kind, str) and kind in _TOLERANCES:
-        return _TOLERANCES[kind]
-    if isinstance(kind, str) and kind in _PRECISION:
-        return _TOLERANCES[_PRECISION[kind]]
     try:
-        name = np.dtype(kind).name
+        name = kind if isinstance(kind, str) and kind in _TOLERANCES else np.dtype(kind).name
     except TypeError as error:
         raise UsageError(f"unknown precision or dtype '{kind}'", fix=nearest(str(kind), [*_TOLERANCES, *_PRECISION])) from error
-    return _TOLERANCES[_PRECISION[name]] if name in _PRECISION else _EXACT
+    return _TOLERANCES.get(_PRECISION.get(name, name), _EXACT)
 
 
 def is_class_scores(array: np.ndarray) -> bool:
@@ -221,12 +217,10 @@ class _Tally:
             self.samples += len(reference)
             self.agreeing += int(np.count_nonzero(_same_class(reference, result)))
         expected, found = reference.astype(np.float64), result.astype(np.float64)
-        finite = np.isfinite(expected) & np.isfinite(found)
-        equal = (expected == found) | (np.isnan(expected) & np.isnan(found))
-        unbounded = ~(finite | equal)
-        expected, found = np.where(finite, expected, 0.0), np.where(finite, found, 0.0)
-        with np.errstate(over="ignore"):
-            error: np.ndarray = np.where(unbounded, math.inf, np.abs(expected - found))
+        with np.errstate(over="ignore", invalid="ignore"):
+            error: np.ndarray = np.abs(found - expected)
+        if not np.isfinite(error).all():
+            expected, found, error = _without_non_finite(expected, found, error)
         self.scale = max(self.scale, _largest(expected))
         self.noise = math.hypot(self.noise, _norm(error))
         self.aligned.append((_cosine(expected, found), _norm(expected), _norm(found)))
@@ -240,7 +234,7 @@ def _tally(reference: Sequence[Arrays], result: Sequence[Arrays], stage: str, *,
         raise ParityError(
             f"{stage} gave outputs for {len(result)} batches, the reference for {len(reference)}", fix="run both on the same inputs"
         )
-    tallies = {name: _Tally(name, str(array.dtype), _family(array.dtype)) for name, array in reference[0].items()}
+    tallies: dict[str, _Tally] = {}
     for batch, (expected, found) in enumerate(zip(reference, result, strict=True)):
         for names, what in ((expected.keys() - found.keys(), "lost"), (found.keys() - expected.keys(), "added")):
             if names:
@@ -250,10 +244,9 @@ def _tally(reference: Sequence[Arrays], result: Sequence[Arrays], stage: str, *,
                     fix="keep the names and the number of the graph's outputs",
                 )
         for name, array in expected.items():
-            if name not in tallies:
-                raise ParityError(f"the reference has output '{name}' in some batches only", fix="run both on the same graph throughout")
             _require_comparable(name, array, found[name], stage, same_dtype)
-            tallies[name].add(batch, array, found[name])
+            tally = tallies.setdefault(name, _Tally(name, str(array.dtype), _family(array.dtype)))
+            tally.add(batch, array, found[name])
     return list(tallies.values())
 
 
@@ -305,6 +298,14 @@ def _same_class(reference: np.ndarray, result: np.ndarray) -> np.ndarray:
     nan_expected, nan_found = np.isnan(expected), np.isnan(found)
     agree: np.ndarray = np.where((nan_expected | nan_found).any(axis=1), (nan_expected == nan_found).all(axis=1), close)
     return agree
+
+
+def _without_non_finite(expected: np.ndarray, found: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Zeros in place of what is NaN or infinite on either side; its error is 0 where both sides have it, else infinite."""
+    finite = np.isfinite(expected) & np.isfinite(found)
+    equal = (expected == found) | (np.isnan(expected) & np.isnan(found))
+    error = np.where(finite, error, np.where(equal, 0.0, math.inf))
+    return np.where(finite, expected, 0.0), np.where(finite, found, 0.0), error
 
 
 def _limit(tally: _Tally, floor: Tolerance) -> tuple[float, Tolerance]:
@@ -363,34 +364,36 @@ def _total_cosine(floats: Sequence[_Tally]) -> float | None:
 
 
 def _decibels(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    if signal == 0 or math.isinf(noise):
-        return LOWEST_SQNR_DB
+    if noise == 0 or signal == 0 or math.isinf(noise):
+        return LOWEST_SQNR_DB if noise else math.inf
     return max(LOWEST_SQNR_DB, 20.0 * (math.log10(min(signal, sys.float_info.max)) - math.log10(noise)))
 
 
 def _ratio(part: float, whole: float) -> float:
-    if part == 0:
-        return 0.0
-    return part / whole if whole else math.inf
+    return part / whole if whole else math.inf if part else 0.0
 
 
 def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max()) if values.size else 0.0
+    return max(float(values.max()), -float(values.min())) if values.size else 0.0
+
+
+def _scaled(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """A vector and a factor whose product is `values`, such that sums of squares of the vector stay in float64's range."""
+    largest = _largest(values)
+    factor = 1.0 if largest == 0 or 1e-100 < largest < 1e100 else largest
+    return (values if factor == 1.0 else values / factor).ravel(), factor
 
 
 def _norm(values: np.ndarray) -> float:
-    """Euclidean norm, scaled so that squares of very large and very small float64 values do not leave its range."""
-    largest = _largest(values)
-    if largest == 0 or math.isinf(largest):
-        return largest
-    return largest * math.sqrt(float(np.square(values / largest).sum()))
+    """Euclidean norm; infinite where a value is."""
+    if math.isinf(_largest(values)):
+        return math.inf
+    vector, factor = _scaled(values)
+    return factor * math.sqrt(float(vector @ vector))
 
 
 def _cosine(first: np.ndarray, second: np.ndarray) -> float:
-    largest = _largest(first), _largest(second)
-    if 0.0 in largest:
-        return 0.0
-    first, second = (first / largest[0]).ravel(), (second / largest[1]).ravel()
-    return float(first @ second) / math.sqrt(float(first @ first) * float(second @ second))
+    """Cosine of the angle between two arrays as vectors; 0 where one is zero."""
+    (first, _), (second, _) = _scaled(first), _scaled(second)
+    norms = math.sqrt(float(first @ first)) * math.sqrt(float(second @ second))
+    return float(first @ second) / norms if norms else 0.0

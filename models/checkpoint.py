@@ -38,12 +38,12 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def save(module: torch.nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
     """Writes the parameters and buffers of `module` with `facts` (JSON values) in the header. Equal content gives equal bytes."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialize
 
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={_HEADER_KEY: json.dumps(facts, sort_keys=True)})
+    partial.write_bytes(serialize(tensors, metadata={_HEADER_KEY: json.dumps(facts, sort_keys=True)}))
     partial.replace(path)
 
 

@@ -27,8 +27,8 @@ def size(number: float) -> str:
 
 
 def report_table(report: dict[str, Any], verbose: bool = False) -> RenderableType:
-    """The whole report of a compile, as it ends on the terminal."""
-    parts: list[RenderableType] = [_stages(report), _passes(report), _artifact(report)]
+    """The whole report of a compile, as it ends on the terminal; it fits 80 columns."""
+    parts: list[RenderableType] = [_title(report), _stages(report), _sizes(report), _numbers(report)]
     if report["latency"]:
         parts.append(latency_table(report["latency"]))
     parts += [Text(f"note: {note}", style="yellow") for note in report["notes"]]
@@ -37,77 +37,102 @@ def report_table(report: dict[str, Any], verbose: bool = False) -> RenderableTyp
     return Group(*parts)
 
 
+def _title(report: dict[str, Any]) -> RenderableType:
+    model, target = report["model"], report["target"]
+    text = Text(f"{model['name']} → {target['name']} {target['precision']}", style="bold")
+    text.append(
+        f"\n{count(model['parameters'])} parameters · {count(model['macs'])} MACs · {size(model['bytes'])} of weights", style="not bold"
+    )
+    if target["facts"]:
+        text.append("\n" + " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in target["facts"].items()), style="not bold")
+    return text
+
+
 def _stages(report: dict[str, Any]) -> RenderableType:
-    text = Text("stages  ", style="bold")
-    text.append(" · ".join(f"{stage['name']} {stage['seconds']:.2f} s" for stage in report["stages"]), style="not bold")
-    return text
+    stages = [f"{stage['name']} {stage['seconds']:.2f} s" for stage in report["stages"]]
+    total = sum(stage["seconds"] for stage in report["stages"])
+    return Text(" · ".join(stages) + f" · together {total:.1f} s", style="dim")
 
 
-def _decibel(parity: dict[str, Any]) -> str:
-    return "identical" if parity["sqnr_db"] is None else f"{parity['sqnr_db']:.1f}"
+def _step(item: dict[str, Any]) -> str:
+    return escape(f"{item['spec']} ({item['effect']})")
 
 
-def _error(parity: dict[str, Any]) -> str:
-    return "inf" if parity["max_abs_error"] is None else f"{parity['max_abs_error']:.2g}"
-
-
-def _agreement(parity: dict[str, Any]) -> str:
-    return "–" if parity["top1_agreement"] is None else f"{100 * parity['top1_agreement']:.1f} %"
-
-
-def _metric(metric: dict[str, Any] | None) -> str:
-    if metric is None:
-        return "–"
-    text = f"{100 * metric['value']:.2f} %"
-    if "difference" in metric:
-        low, high = (100 * bound for bound in metric["ci95"])
-        text += f" ({100 * metric['difference']:+.2f}, [{low:+.2f}, {high:+.2f}])"
-    return text
-
-
-def _passes(report: dict[str, Any]) -> RenderableType:
+def _sizes(report: dict[str, Any]) -> RenderableType:
     model, artifact = report["model"], report["artifact"]
-    metric = next((m for m in (model["metric"], artifact["metric"]) if m is not None), None)
-    accuracy = f"accuracy, n = {metric['samples']}\n(points, 95 % interval)" if metric else "accuracy"
-    table = Table(title=f"{escape(model['name'])} → {report['target']['name']} {report['target']['precision']}", title_justify="left")
-    table.add_column("step")
-    table.add_column("rewrites", justify="right")
-    for heading in ("parameters", "MACs", "weights", "max abs error", "SQNR dB", "top-1 agreement", accuracy):
-        table.add_column(heading, justify="right")
-    sizes = (count(model["parameters"]), count(model["macs"]), size(model["bytes"]))
-    table.add_row(f"original ({escape(model['source'])})", "", *sizes, "", "", "", _metric(model["metric"]))
-    canonical = report["canonical"]["parity"]
-    table.add_row("canonical graph", "", "", "", "", _error(canonical), _decibel(canonical), _agreement(canonical), "")
+    table = Table(title="what was rewritten", title_justify="left")
+    table.add_column("step", overflow="fold")
+    for heading in ("rewrites", "parameters", "MACs", "weights"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("original", "", count(model["parameters"]), count(model["macs"]), size(model["bytes"]))
     for item in report["passes"]:
-        name = escape(f"{item['spec']} ({item['effect']})")
-        cost = (count(item["parameters"]), count(item["macs"]), size(item["bytes"]))
-        parity = item["parity"]
-        if item["undone"]:
-            table.add_row(name, "undone", *cost, "", "", "", escape(item["undone"]))
-        elif parity is None:
-            table.add_row(name, "no match", *cost, "–", "–", "–", "–")
-        else:
-            measured = (_error(parity), _decibel(parity), _agreement(parity), _metric(item["metric"]))
-            table.add_row(name, str(item["rewrites"]), *cost, *measured)
-    parity = artifact["parity"]
-    measured = (_error(parity), _decibel(parity), _agreement(parity), _metric(artifact["metric"]))
-    table.add_row("artifact against the original", "", "", "", size(artifact["bytes"]), *measured, style="bold")
+        rewrites = "undone" if item["undone"] else str(item["rewrites"]) if item["rewrites"] else "no match"
+        table.add_row(_step(item), rewrites, count(item["parameters"]), count(item["macs"]), size(item["bytes"]))
+    table.add_row("artifact on disk", "", "", "", size(artifact["bytes"]), style="bold")
     return table
 
 
-def _artifact(report: dict[str, Any]) -> RenderableType:
-    facts = ", ".join(f"{key} {value}" for key, value in report["target"]["facts"].items())
-    text = Text(f"data    {report['data']['source']}, {report['data']['calibration']} calibration inputs; every pass is compared with ")
-    text.append("the graph before it, the artifact with the original's own outputs")
-    if facts:
-        text.append(f"\nruntime {facts}")
-    return text
+def _numbers(report: dict[str, Any]) -> RenderableType:
+    model, artifact, data = report["model"], report["artifact"], report["data"]
+    metric = model["metric"]
+    table = Table(
+        title=f"what it cost ({escape(data['source'])}, {data['calibration']} calibration inputs)",
+        title_justify="left",
+        caption="canonical against the exported graph, each pass against the graph before it, the artifact against the original model's "
+        "own outputs" + ("" if metric is None else f"; accuracy on {metric['samples']} held-out samples, points against the original"),
+        caption_justify="left",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("step", overflow="fold")
+    headings = ["max abs\nerror", "SQNR\ndB", "top-1\nagree %"]
+    if metric is not None:
+        headings += ["top-1\n%", "points\n[95 % interval]"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def add(name: str, parity: dict[str, Any] | None, result: dict[str, Any] | None, style: str = "") -> None:
+        cells = ["", "", ""] if parity is None else [_error(parity), _decibel(parity), _agreement(parity)]
+        table.add_row(name, *cells, *([] if metric is None else _metric(result)), style=style)
+
+    if metric is not None:
+        add("original", None, metric)
+    add("canonical graph", report["canonical"]["parity"], None)
+    for item in report["passes"]:
+        if item["undone"]:
+            table.add_row(escape(f"{item['spec']} was undone: {item['undone']}"))
+        elif item["parity"] is not None:
+            add(escape(item["spec"]), item["parity"], item["metric"])
+    add("artifact", artifact["parity"], artifact["metric"], "bold")
+    return table
+
+
+def _decibel(parity: dict[str, Any]) -> str:
+    return "no error" if parity["sqnr_db"] is None else f"{parity['sqnr_db']:.1f}"
+
+
+def _error(parity: dict[str, Any]) -> str:
+    return "inf" if parity["max_abs_error"] is None else f"{parity['max_abs_error']:.1e}"
+
+
+def _agreement(parity: dict[str, Any]) -> str:
+    return "–" if parity["top1_agreement"] is None else f"{100 * parity['top1_agreement']:.1f}"
+
+
+def _metric(metric: dict[str, Any] | None) -> list[str]:
+    if metric is None:
+        return ["", ""]
+    value = f"{100 * metric['value']:.2f}"
+    if "difference" not in metric:
+        return [value, ""]
+    low, high = (100 * bound for bound in metric["ci95"])
+    return [value, f"{100 * metric['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"]
 
 
 def latency_table(latency: dict[str, Any]) -> RenderableType:
     """Latency of the result, beside the baseline if there is one."""
     threads = f"{latency['threads']} thread{'s' if latency['threads'] != 1 else ''}"
-    title = f"latency on {escape(latency['device'])}, {threads}, {latency['runs']} runs each, in turn"
+    title = f"latency on {escape(latency['device'])}, {threads}, {latency['runs']} runs each in turn"
     table = Table(title=title, title_justify="left")
     for heading in ("", "median ms", "p90 ms", "p99 ms"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -130,6 +155,8 @@ def _ms(value: float | None) -> str:
 
 def _refusals(report: dict[str, Any]) -> RenderableType:
     table = Table(title="left alone", title_justify="left")
+    if not any(item["refusals"] for item in report["passes"]):
+        return Text("nothing was left alone for a condition that failed")
     for heading in ("pass", "node", "why"):
         table.add_column(heading)
     for item in report["passes"]:

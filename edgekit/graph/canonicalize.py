@@ -16,7 +16,7 @@ from onnx_ir.passes import common
 
 from edgekit.errors import EdgekitError, SourceError
 from edgekit.graph.check import subgraphs
-from edgekit.graph.fold import fold_constants
+from edgekit.graph.fold import FILLED, Budget, fold_constants
 from edgekit.graph.shapes import infer_shapes, static_shape
 
 OWN_DOMAIN = "edgekit"
@@ -99,8 +99,9 @@ def simplify(model: ir.Model) -> None:
 
     Shapes are inferred again only while a Shape or an If waits for them.
     """
+    budget = Budget()
     for _ in range(_MAX_ROUNDS):
-        changed = fold_constants(model)
+        changed = fold_constants(model, budget)
         changed |= choose_branches(model)
         changed |= remove_identities(model)
         if any(node.op_type in ("Shape", "Size", "CastLike", "If") and node.domain == "" for node in model.graph):
@@ -212,6 +213,16 @@ def _keep_knowledge(source: ir.Value, result: ir.Value) -> None:
         source.shape = result.shape
 
 
+def drop_absent_biases(model: ir.Model) -> None:
+    """Removes the bias of zeros that the exporter writes (as an Expand of 0) for a convolution without bias; trained biases stay."""
+    for node in model.graph.all_nodes():
+        if node.op_type not in ("Conv", "ConvTranspose") or node.domain != "" or len(node.inputs) < 3:
+            continue
+        bias = node.inputs[2]
+        if bias is not None and FILLED in bias.meta and bias.const_value is not None and not bias.const_value.numpy().any():
+            node.resize_inputs(2)
+
+
 def remove_unused(model: ir.Model) -> None:
     """Removes nodes, initializers, functions and opset imports that no graph output depends on."""
     common.RemoveUnusedNodesPass()(model)
@@ -220,7 +231,7 @@ def remove_unused(model: ir.Model) -> None:
             for name, value in list(body.initializers.items()):
                 if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
                     del body.initializers[name]
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass()(model)
 
 
@@ -309,6 +320,7 @@ STEPS: tuple[Callable[[ir.Model], object], ...] = (
     inline_functions,
     lift_constants,
     simplify,
+    drop_absent_biases,
     remove_unused,
     share_small_constants,
     sort_nodes,

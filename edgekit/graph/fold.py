@@ -19,6 +19,8 @@ import onnx_ir as ir
 from edgekit.graph.check import subgraphs
 from edgekit.graph.shapes import static_shape
 
+FILLED = "edgekit.filled"
+"""Set in `value.meta` of a folded tensor that is one number repeated (an Expand): no weight of the model."""
 TENSOR_LIMIT_BYTES = 64 << 20
 """No folded tensor is larger, unless it replaces constants of the same size."""
 GROWTH_LIMIT_BYTES = 256 << 20
@@ -88,7 +90,8 @@ def _pad(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
 
 
 def _gather(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
-    return arrays[0].size // max(1, arrays[0].shape[node.attributes.get_int("axis", 0)]) * arrays[1].size
+    along = int(arrays[0].shape[node.attributes.get_int("axis", 0)])
+    return arrays[0].size // max(1, along) * arrays[1].size
 
 
 def _matmul(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
@@ -120,20 +123,22 @@ _BOUNDS: dict[str, Bound] = {
 
 
 @dataclass
-class _Budget:
+class Budget:
+    """By how many bytes folding may still enlarge the model; shared by all rounds over one model."""
+
     growth: int = GROWTH_LIMIT_BYTES
 
 
-def fold_constants(model: ir.Model) -> bool:
+def fold_constants(model: ir.Model, budget: Budget) -> bool:
     """Folds, in place, nodes of the graph and its subgraphs whose inputs are constants; True when it changed something.
 
     Shape and Size of a value of static shape fold too, and CastLike becomes Cast. Nodes that make a graph output stay. Quantization
     operators are never folded: they say how a weight is stored.
     """
-    return _fold_graph(model.graph, model.opset_imports.get("", 0), _Budget())
+    return _fold_graph(model.graph, model.opset_imports.get("", 0), budget)
 
 
-def _fold_graph(graph: ir.Graph, opset: int, budget: _Budget) -> bool:
+def _fold_graph(graph: ir.Graph, opset: int, budget: Budget) -> bool:
     changed = False
     for node in graph:
         for body in subgraphs(node):
@@ -160,7 +165,7 @@ def _cast_like_to_cast(node: ir.Node) -> bool:
     return True
 
 
-def _fold_node(node: ir.Node, opset: int, budget: _Budget) -> list[np.ndarray] | None:
+def _fold_node(node: ir.Node, opset: int, budget: Budget) -> list[np.ndarray] | None:
     """Returns the values of the node's outputs, or None when it is not to be folded."""
     try:
         if node.op_type in ("Shape", "Size"):
@@ -246,6 +251,8 @@ def _replace(node: ir.Node, arrays: list[np.ndarray]) -> None:
     for output, array in zip(outputs, arrays, strict=True):
         tensor = ir.Tensor(array, name=output.name)
         initializer = ir.Value(name=output.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        if node.op_type == "Expand" and inputs[0].const_value is not None and inputs[0].const_value.size == 1:
+            initializer.meta[FILLED] = True
         output.replace_all_uses_with(initializer)
         output.name = None
         graph.register_initializer(initializer)

@@ -41,6 +41,19 @@ def to_opset(model: ir.Model, version: int = DEFAULT_OPSET) -> ir.Model:
         SourceError: The model is newer than the installed onnx.
         UnsupportedOpError: An operator cannot be converted; the message names it and the opset.
     """
+    try:
+        return _to_opset(model, version)
+    except EdgekitError:
+        raise
+    except Exception as error:
+        raise SourceError(
+            f"the model cannot be converted to opset {version}: {type(error).__name__}: {error}",
+            where=f"graph '{model.graph.name}'",
+            fix=_fix(version),
+        ) from error
+
+
+def _to_opset(model: ir.Model, version: int) -> ir.Model:
     common.RemoveInitializersFromInputsPass()(model)
     if "ai.onnx" in model.opset_imports:
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))

@@ -1,1 +1,1 @@
-"""Exact structural rewritings: several operators become one that computes the same."""
+"""Structural reparameterization: rewrites of linear operators that are exact in real arithmetic."""

@@ -21,7 +21,7 @@ def make():
                 spec = (helper.np_dtype_to_tensor_dtype(spec.dtype), spec.shape)
             return helper.make_tensor_value_info(name, *spec)
 
-        outputs = outputs if isinstance(outputs, dict) else {name: (onnx.TensorProto.FLOAT, None) for name in outputs}
+        outputs = outputs if isinstance(outputs, dict) else dict.fromkeys(outputs, (onnx.TensorProto.FLOAT, None))
         graph = helper.make_graph(
             nodes,
             "graph",

@@ -235,7 +235,7 @@ def test_external_data(external):
 
 
 def test_external_data_is_not_held_in_memory(external):
-    model = external(np.ones((64, 1 << 20), np.float32))  # 256 MB
+    model = external(np.ones((40, 1 << 20), np.float32))  # 160 MB
     gc.collect()
     process = psutil.Process()
     before = process.memory_info().rss

@@ -68,7 +68,7 @@ def test_listing_the_zoo_does_not_import_torch() -> None:
 
 
 class Small(torch.nn.Linear):
-    """A network of two parameters tensors."""
+    """A network with two parameters."""
 
     def __init__(self) -> None:
         super().__init__(3, 2)

@@ -153,9 +153,9 @@ def test_exact_coverage_for_few_samples(samples, p_a, p_b):
 
 def test_coverage_where_only_one_model_ever_errs_alone():
     """The interval's weak side, which its docstring tells: no discordant pair is seen though they exist."""
-    coverage = [exact_coverage(100, p_a, 0.0) for p_a in np.linspace(0.002, 0.2, 40)]
-    assert 0.85 <= min(coverage) < 0.90
-    assert np.mean(coverage) >= 0.95
+    coverage = [exact_coverage(100, p_a, 0.0) for p_a in (*np.linspace(0.002, 0.2, 40), 0.0193)]
+    assert 0.85 <= min(coverage) < 0.87
+    assert np.mean(coverage) >= 0.94
 
 
 @pytest.mark.parametrize(("p_a", "p_b"), [(0.003, 0.003), (0.01, 0.005), (0.03, 0.03)])

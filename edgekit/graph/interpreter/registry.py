@@ -1,0 +1,128 @@
+"""The table of operators: by domain and name, one function for each version at which the operator's meaning changed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgekit.graph.interpreter.values import Precision
+
+Function = Callable[..., Any]
+
+NEWEST_OPSET = {"": 28, "ai.onnx.preview": 1, "ai.onnx.ml": 5, "ai.onnx.preview.training": 1}
+"""The opsets that the operators were written for; a newer one may have changed their meaning, so it is refused."""
+MODULES = (
+    *("attention", "control_flow", "convolution", "conversion", "elementwise", "image", "indexing", "loss", "matrix", "normalization"),
+    *("pooling", "quantization", "random", "recurrent", "reduction", "resize", "sequence", "shape", "signal"),
+)
+"""The files of operators, one subject each."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a function may know of the node that it computes, if it has a parameter `call`.
+
+    Attributes:
+        outputs: For each output of the node, whether anything uses it.
+        precision: In what type floating-point values are held.
+    """
+
+    outputs: tuple[bool, ...]
+    precision: Precision
+
+    def wants(self, index: int) -> bool:
+        """Whether the node has output `index` and gives it a name."""
+        return index < len(self.outputs) and self.outputs[index]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One function of the table.
+
+    Attributes:
+        domain: Domain of the operator, empty for the standard one.
+        name: Its type, such as `Softmax`.
+        since: The first version of which the function is true.
+        function: Takes the inputs by position (None for one that is absent) and the attributes by keyword; returns a tensor, or a tuple.
+        raw: Whether it takes values as they are (`values.Carried`, sequences) and gives them so.
+        attributes: Attributes that it knows; a node with another one is refused.
+        wants_call: Whether it has the parameter `call`.
+        refusal: Why the operator is refused; empty if it is not.
+    """
+
+    domain: str
+    name: str
+    since: int
+    function: Function
+    raw: bool
+    attributes: frozenset[str]
+    wants_call: bool
+    refusal: str = ""
+
+
+@dataclass
+class _Table:
+    entries: dict[tuple[str, str], list[Operator]] = field(default_factory=dict)
+
+    def add(self, entry: Operator) -> None:
+        versions = self.entries.setdefault((entry.domain, entry.name), [])
+        versions.append(entry)
+        versions.sort(key=lambda operator: -operator.since)
+
+
+_TABLE = _Table()
+
+
+def operator(*names: str, since: int = 1, domain: str = "", raw: bool = False) -> Callable[[Function], Function]:
+    """Decorator that enters a function into the table under each of `names`, from version `since` on (see `Operator`)."""
+
+    def enter(function: Function) -> Function:
+        attributes, wants_call = _parameters(function)
+        for name in names:
+            _TABLE.add(Operator(domain, name, since, function, raw, attributes, wants_call))
+        return function
+
+    return enter
+
+
+def _parameters(function: Function) -> tuple[frozenset[str], bool]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a function of torch, which takes inputs only
+        return frozenset(), False
+    positional_only = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    names = {parameter.name for parameter in parameters if parameter.kind not in positional_only}
+    return frozenset(names - {"call"}), "call" in names
+
+
+def refuse(*names: str, reason: str, domain: str = "") -> None:
+    """Enters operators that are known and refused, with the reason that the error gives."""
+    for name in names:
+        _TABLE.add(Operator(domain, name, 1, _refused, False, frozenset(), False, reason))
+
+
+def _refused(*inputs: Any) -> None:
+    raise AssertionError("a refused operator was called")
+
+
+@functools.cache
+def load() -> None:
+    """Imports the files of operators."""
+    for module in MODULES:
+        importlib.import_module(f"edgekit.graph.interpreter.{module}")
+
+
+def find(domain: str, name: str, version: int) -> Operator | None:
+    """The function that is true at opset `version` of `domain`; None if there is none."""
+    load()
+    return next((entry for entry in _TABLE.entries.get((domain, name), ()) if entry.since <= version), None)
+
+
+def known() -> dict[tuple[str, str], list[Operator]]:
+    """The whole table: (domain, name) to the functions, newest first."""
+    load()
+    return {key: list(entries) for key, entries in sorted(_TABLE.entries.items())}

@@ -1,0 +1,79 @@
+"""Gradients of what has none: rounding, signs and selection, after Bengio et al. 2013 ("Estimating or Propagating Gradients")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, result: Tensor) -> Tensor:
+        ctx.dtype = tensor.dtype
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return torch.sign(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (tensor,) = ctx.saved_tensors
+        return gradients[0] * (tensor.abs() <= 1)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, selected: Tensor, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(selected)
+        ctx.shape, ctx.dtype = scores.shape, scores.dtype
+        return selected.view_as(selected)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (selected,) = ctx.saved_tensors
+        gradient = gradients[0]
+        return gradient, (gradient * selected).sum_to_size(ctx.shape).to(ctx.dtype)
+
+
+def through(tensor: Tensor, result: Tensor) -> Tensor:
+    """Gives `result`, and its gradient to `tensor` unchanged."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return _Through.apply(tensor, result)  # type: ignore[no-any-return, no-untyped-call]
+    return result
+
+
+def round_half_even(tensor: Tensor) -> Tensor:
+    """Round to the nearest integer, halves to the even one; the gradient is that of the identity."""
+    return through(tensor, torch.round(tensor.detach()))
+
+
+def sign(tensor: Tensor) -> Tensor:
+    """Sign with the gradient of the identity where |x| <= 1, else zero (Hubara et al. 2016, "Binarized Neural Networks", equation 4)."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return _Sign.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.sign(tensor)
+
+
+def gate(selected: Tensor, scores: Tensor) -> Tensor:
+    """Gives `selected` unchanged; `scores` get the gradient of `selected * m` at the selection mask m = 1, as if m were the scores.
+
+    Args:
+        selected: What was selected, `[..., K, ...]`.
+        scores: The scores that selected it, of a shape that broadcasts to that of `selected`.
+    """
+    return _Gate.apply(selected, scores)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def round_to_float16(tensor: Tensor) -> Tensor:
+    """Rounds float32 values to the nearest float16 (infinite beyond 65504) and back; the gradient passes through unrounded."""
+    return through(tensor, tensor.detach().to(torch.float16).to(tensor.dtype))
