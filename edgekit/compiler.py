@@ -167,7 +167,7 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
     _require_installed(target)
     recipe = dataclasses.replace(recipe, passes=tuple(specs.format_spec(item.name, item) for item in passes))
     threads = recipe.threads or available_threads()
-    reporter.expect(len(passes) + (7 if job.timing.budget_s else 6))
+    reporter.expect(len(passes) + (8 if job.timing.budget_s else 6))
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(Worker()) if worker is None else worker
         folder = stack.enter_context(staged(out, force))
@@ -197,11 +197,12 @@ def _optimize_and_lower(
     with reporter.stage("canonicalize"):
         graph = canonicalize(to_opset(original.model.clone(), OPSET))
         infer_shapes(graph)
-        canonical = evaluator.run(graph, "canonicalize")
+        canonical = evaluator.run(graph, "canonicalize", labelled=False)
         parity = assert_close(original.outcome.outputs, canonical.outputs, stage="canonicalize", precision=graph_precision(graph))
+        base = dataclasses.replace(original.outcome, outputs=canonical.outputs)
     context = Context(original.data.calibration, target.name, np.random.default_rng(recipe.seed))
     budget = None if recipe.max_drop is None else Budget(recipe.max_drop)
-    graph, optimized, results = run_passes(graph, passes, context, evaluator, canonical, reporter, budget)
+    graph, optimized, results = run_passes(graph, passes, context, evaluator, base, reporter, budget)
     stage = f"lower to {target.name}"
     with reporter.stage(stage):
         save_model(graph, folder / OPTIMIZED)
@@ -211,13 +212,13 @@ def _optimize_and_lower(
         lowered = evaluator.outcome(outputs, facts)
         precision = lowest(graph_precision(graph), target.precision)
         assert_close(optimized.outputs, lowered.outputs, stage=f"lowering to {target.name}", precision=precision)
-        _hold_budget(budget, canonical, lowered, results)
+        _hold_budget(budget, base, lowered, results)
         save_parity(folder / PARITY, KeptParity(original.data.calibration, original.reference, optimized.outputs))
     return Compiled(
         original_cost=cost(original.baseline),
         canonical=parity,
         passes=results,
-        base=canonical,
+        base=base,
         lowered=lowered,
         parity=compare(original.reference, lowered.outputs),
         precision=precision,

@@ -13,6 +13,7 @@ import numpy as np
 from edgekit import contracts
 from edgekit.contracts import Arrays
 from edgekit.errors import DataError, EdgekitError, nearest
+from edgekit.graph.shapes import static_shape
 from edgekit.source import import_object
 
 if TYPE_CHECKING:
@@ -59,10 +60,11 @@ def declared_inputs(model: ir.Model) -> dict[str, Declared]:
     """Shapes and dtypes of the graph's inputs, which must be static, by name."""
     declared = {}
     for value in model.graph.inputs:
+        shape = static_shape(value)
         assert value.name is not None
-        assert value.shape is not None
+        assert shape is not None
         assert value.dtype is not None
-        declared[value.name] = Declared(tuple(int(dim) for dim in value.shape), np.dtype(value.dtype.numpy()))
+        declared[value.name] = Declared(shape, np.dtype(value.dtype.numpy()))
     return declared
 
 

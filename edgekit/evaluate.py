@@ -65,8 +65,13 @@ class Evaluator:
             outcome.test = metrics.top1(outputs[second:], data.test_labels)
         return outcome
 
-    def run(self, model: ir.Model, stage: str) -> Outcome:
+    def run(self, model: ir.Model, stage: str, labelled: bool = True) -> Outcome:
         """Runs a graph in ONNX Runtime.
+
+        Args:
+            model: The graph.
+            stage: Its name, for errors.
+            labelled: Whether to run it on the selection and test data too, or on the calibration batches alone.
 
         Raises:
             UnsupportedOpError, LoweringError: ONNX Runtime refused the graph or crashed.
@@ -74,11 +79,12 @@ class Evaluator:
         path = self._folder / "stage.onnx"
         files = save_model(model, path)
         try:
-            outputs = in_worker(self._worker, stage, native.run_onnx, path, self.feeds, self._threads)
+            feeds = self.feeds if labelled else self._data.calibration
+            outputs = in_worker(self._worker, stage, native.run_onnx, path, feeds, self._threads)
         finally:
             for file in files:
                 file.unlink(missing_ok=True)
-        return self.outcome(outputs)
+        return self.outcome(outputs) if labelled else Outcome(outputs)
 
 
 def in_worker(worker: Worker, stage: str, function, *arguments):  # type: ignore[no-untyped-def]

@@ -128,7 +128,7 @@ def _check_external(tensor: ir.ExternalTensor, folder: Path, model_path: Path) -
         raise refuse("external data is a hard link, which may lead out of the model's folder", "make a copy of the file: cp A B && mv B A")
     offset = tensor.offset or 0
     try:
-        needed = math.ceil(tensor.dtype.bitwidth * math.prod(int(dim) for dim in tensor.shape) / 8)
+        needed = math.ceil(tensor.dtype.bitwidth * math.prod(tensor.shape.numpy()) / 8)
     except (TypeError, ValueError) as error:
         raise refuse("external data of a type that has no fixed size", "export the model again") from error
     length = needed if tensor.length is None else tensor.length

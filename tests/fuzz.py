@@ -34,7 +34,7 @@ from edgekit.recipe import Recipe, load_recipe
 TIMEOUT_S = 60.0
 MEMORY_LIMIT = 12 * 2**30
 TARGETS = ("onnxruntime", "openvino")
-PASSES = ((),)
+PASSES = (("fold-batch-norm", "merge-branches"), ("fold-batch-norm", "merge-branches", "to-float16"), ())
 
 SOURCES = (
     """

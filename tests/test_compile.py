@@ -22,7 +22,7 @@ from edgekit.compiler import Job, Timing, compile, run_job
 from edgekit.contracts import Context, Effect, Pass, register_pass
 from edgekit.errors import BudgetError, EdgekitError, LoweringError, ParityError, SourceError, UsageError
 from edgekit.progress import Reporter
-from edgekit.recipe import Recipe, load_recipe
+from edgekit.recipe import load_recipe
 
 SCHEMA = json.loads((Path(edgekit.__file__).parent / "report" / "schema.json").read_text())
 QUICK = Timing(0)

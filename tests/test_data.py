@@ -101,7 +101,9 @@ def test_iterables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(data.calibration[0]["x"], image[None])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_batches.py").write_text(
-        "import numpy as np\ndef batches():\n    while True: yield np.ones((1, 3, 8, 6), np.float32)\ndef broken():\n    raise OSError('gone')\n"
+        "import numpy as np\n"
+        "def batches():\n    while True: yield np.ones((1, 3, 8, 6), np.float32)\n"
+        "def broken():\n    raise OSError('gone')\n"
     )
     assert len(_load("my_batches:batches", IMAGE).calibration) == 4
     with pytest.raises(DataError, match="gone"):

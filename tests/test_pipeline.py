@@ -66,9 +66,7 @@ def run(worker: Worker, tmp_path: Path):
         data = Data("test", batches[:4], selection=batches, selection_labels=labels, test=batches, test_labels=labels)
         evaluator = Evaluator(worker, data, tmp_path, 1)
         base = evaluator.run(model, "base")
-        return run_passes(
-            model, passes, Context(data.calibration), evaluator, base, Reporter(), None if budget is None else Budget(budget)
-        )
+        return run_passes(model, passes, Context(data.calibration), evaluator, base, Reporter(), None if budget is None else Budget(budget))
 
     return run
 
@@ -92,7 +90,7 @@ def test_an_exact_pass_that_does_not_is_named(run) -> None:
 
 
 def test_an_approximate_pass_is_measured(run) -> None:
-    model, _, (result,) = run(make(Effect.APPROXIMATE, lambda model, _: scale_weights(model, 1.001)))
+    _, _, (result,) = run(make(Effect.APPROXIMATE, lambda model, _: scale_weights(model, 1.001)))
     assert result.parity is not None
     assert result.parity.sqnr_db == pytest.approx(60, abs=0.1)  # 20 log10(1 / 0.001)
     assert result.undone is None

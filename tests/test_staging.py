@@ -75,7 +75,9 @@ def test_leftovers_of_a_killed_compile_are_removed(tmp_path: Path) -> None:
     assert _siblings(tmp_path) == sorted([alive.name, other.name, "out"])
 
 
-@pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written"), (errno.EROFS, "cannot be")])
+@pytest.mark.parametrize(
+    ("code", "says"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written"), (errno.EROFS, "cannot be")]
+)
 def test_file_system_errors_are_explained(tmp_path: Path, code: int, says: str) -> None:
     with pytest.raises(OutputError, match=says) as caught, staged(tmp_path / "out"):
         raise OSError(code, os.strerror(code))

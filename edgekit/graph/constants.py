@@ -7,7 +7,7 @@ to these helpers never changes a weight that somebody else reads, and never rena
 from __future__ import annotations
 
 import contextlib
-import os
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -36,7 +36,8 @@ def is_used_once(value: ir.Value) -> bool:
 def common_module(nodes: Iterable[ir.Node]) -> str:
     """Returns the deepest PyTorch module path that contains all `nodes`, `""` when there is none or a node does not tell."""
     paths = [node.metadata_props.get(MODULE_KEY, "").split(".") for node in nodes]
-    return ".".join(os.path.commonprefix(paths)) if paths else ""  # of lists: compares whole components
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 class GraphEditor:
@@ -96,8 +97,8 @@ class GraphEditor:
         """
         if new.type is None and old.dtype is not None:
             new.type = ir.TensorType(old.dtype)
-        if new.shape is None:
-            new.shape = old.shape
+        if new.shape is None and old.shape is not None:
+            new.shape = old.shape.copy()
         if not old.is_graph_output():
             old.replace_all_uses_with(new)
             return

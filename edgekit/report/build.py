@@ -28,7 +28,7 @@ class Compiled:
         original_cost: Of the uncompressed model's graph as the exporter gives it by default.
         canonical: The canonical graph's outputs against those of the graph as it was exported or read.
         passes: What each pass did.
-        base: The canonical graph's outcome, the uncompressed model of every accuracy difference.
+        base: The uncompressed model's outcome, which every accuracy difference is taken from.
         lowered: The artifact's outcome.
         parity: The artifact's outputs against the original model's own.
         precision: The lowest precision that anything in the artifact computes in.

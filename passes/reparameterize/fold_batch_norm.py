@@ -164,7 +164,7 @@ def _fold_add(add: ir.Node, norm: ir.Node, a: Affine, editor: GraphEditor) -> st
     products = [(index, value) for index, value in operands if _made_by_matmul(value)]
     if len(operands) != 2 or len(products) != 1:
         return f"what the batch norm reads is made by Add '{add.name}', which is not the bias of a MatMul"
-    (product_index, product), bias_index = products[0], 1 - products[0][0]
+    product, bias_index = products[0][1], 1 - products[0][0]
     matmul = product.producer()
     assert matmul is not None
     bias = constant_array(add.inputs[bias_index])

@@ -28,7 +28,7 @@ class OnnxRuntimeExecutable(Executable):
 
     def __init__(self, path: Path, threads: int) -> None:
         """Opens `path` (model.onnx); exceptions are those of ONNX Runtime."""
-        import onnxruntime as ort
+        import onnxruntime as ort  # type: ignore[import-untyped]
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads

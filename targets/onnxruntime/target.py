@@ -144,6 +144,6 @@ def _refuse_saturating(model: ir.Model) -> None:
 
 def _require_onnxruntime() -> None:
     try:
-        import onnxruntime  # noqa: F401
+        import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as error:
         raise MissingToolError(f"the target 'onnxruntime' needs the package onnxruntime: {error}", fix="pip install onnxruntime") from error

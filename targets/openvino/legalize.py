@@ -29,8 +29,7 @@ def legalize(model: ir.Model) -> None:
 def _causal_attention(node: ir.Node) -> None:
     """Writes the causal mask out as a constant where OpenVINO misplaces it.
 
-    ONNX: query i sees key j iff j <= i + P, with P the length of past_key. OpenVINO aligns the mask to the last key instead, and
-    drops all keys but the first for a mask whose query axis has size 1.
+    ONNX: query i sees key j iff j <= i + P, with P the length of past_key. OpenVINO aligns the mask to the last key instead.
 
     Before:  Q, K, V, mask? ─ Attention(is_causal=1)
     After:   Q, K, V, (mask + causal mask [L, P+S]) ─ Attention
@@ -38,7 +37,7 @@ def _causal_attention(node: ir.Node) -> None:
     if not causal_is_misplaced(node):
         return
     query, key = static_shape(node.inputs[0]), static_shape(node.inputs[1])
-    past = static_shape(_input(node, 4)) if _input(node, 4) is not None else (0, 0, 0, 0)
+    past = static_shape(_input(node, 4))
     mask = _input(node, 3)
     if query is None or key is None or past is None:
         return
@@ -61,15 +60,8 @@ def _causal_attention(node: ir.Node) -> None:
 
 
 def causal_is_misplaced(node: ir.Node) -> bool:
-    """Whether OpenVINO would put the causal mask of this Attention in the wrong place."""
-    if not node.attributes.get_int("is_causal", 0) or _input(node, 6) is not None:
-        return False
-    if _input(node, 4) is not None:
-        return True
-    mask, query = static_shape(_input(node, 3)), static_shape(node.inputs[0])
-    if _input(node, 3) is None:
-        return False
-    return mask is None or query is None or len(mask) < 2 or mask[-2] != query[-2]
+    """Whether OpenVINO would put the causal mask of this Attention in the wrong place: where it has a past but no nonpad_kv_seqlen."""
+    return node.attributes.get_int("is_causal", 0) == 1 and _input(node, 4) is not None and _input(node, 6) is None
 
 
 def _explicit_pool(node: ir.Node) -> None:

@@ -170,7 +170,7 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
     "Abs": (_WRAPS,),
     "Add": (_WRAPS,),
     "Attention": (
-        _Rule(causal_is_misplaced, "is_causal with a past or a broadcast mask of unknown shape is misplaced"),
+        _Rule(causal_is_misplaced, "is_causal with a past of unknown shape is misplaced"),
         _Rule(_windowed, "left_window_size and right_window_size are ignored"),
     ),
     "AveragePool": (_Rule(_int("ceil_mode", 1), "ceil_mode with auto_pad or unknown shapes gives other windows"),),

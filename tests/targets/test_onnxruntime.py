@@ -33,8 +33,8 @@ def test_large_weights_lie_beside_the_model(graphs, through, tmp_path, monkeypat
 def test_products_with_dequantized_weights_stay_float32(graphs, through):
     weight = RNG.integers(-128, 128, (64, 8)).astype(np.int8)
     scale = (RNG.random(8) + 0.1).astype(np.float32)
-    nodes = [helper.make_node("DequantizeLinear", ["w", "s"], ["d"], axis=1), helper.make_node("MatMul", ["x", "d"], ["y"])]
-    executable = through(OnnxRuntime(), graphs.build(nodes, {"x": X}, constants={"w": weight, "s": scale}))
+    nodes = [helper.make_node("DequantizeLinear", ["w", "s", "z"], ["d"], axis=1), helper.make_node("MatMul", ["x", "d"], ["y"])]
+    executable = through(OnnxRuntime(), graphs.build(nodes, {"x": X}, constants={"w": weight, "s": scale, "z": np.zeros(8, np.int8)}))
     np.testing.assert_allclose(executable.run({"x": X})["y"], X.astype(np.float64) @ (weight * scale), rtol=1e-4, atol=2e-3)
 
 

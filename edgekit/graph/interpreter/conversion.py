@@ -82,7 +82,7 @@ def bit_cast(value: Value, /, *, to: int, call: Call) -> Value:
         raise NotSupported(f"the bits of floats under precision {call.precision.name}")
     if source.bitwidth != target.bitwidth or source.bitwidth < 8:
         raise NotSupported(f"bits of {source.name} taken as {target.name}")
-    return from_array(np.ascontiguousarray(to_array(value)).view(target.numpy()), call.precision)
+    return from_array(np.array(to_array(value), order="C").view(target.numpy()), call.precision)
 
 
 @operator("Constant", raw=True)

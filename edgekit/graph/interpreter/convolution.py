@@ -68,7 +68,7 @@ def conv(
     return _CONVOLUTIONS[rank](x, weight, bias, steps, before, gaps, group)
 
 
-@operator("ConvInteger")
+@operator("ConvInteger", like=conv)
 def conv_integer(x: Tensor, weight: Tensor, x_zero: Tensor | None = None, weight_zero: Tensor | None = None, /, **attributes: Any) -> Tensor:
     """Convolution of 8-bit integers, exact, in int32."""
     # Sums of 8-bit products are exact in float64 up to 2^53, beyond what int32 holds.

@@ -28,7 +28,7 @@ def gather(data: Tensor, indices: Tensor, /, *, axis: int = 0) -> Tensor:
     """Slices at indices of one axis."""
     axis %= data.dim()
     positions = _wrapped(indices, data.shape[axis])
-    return data.index_select(axis, positions.flatten()).reshape(*data.shape[:axis], *positions.shape, *data.shape[axis + 1 :])
+    return data.index_select(axis, positions.flatten()).reshape((*data.shape[:axis], *positions.shape, *data.shape[axis + 1 :]))
 
 
 @operator("GatherElements")

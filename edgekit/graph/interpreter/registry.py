@@ -77,11 +77,18 @@ class _Table:
 _TABLE = _Table()
 
 
-def operator(*names: str, since: int = 1, domain: str = "", raw: bool = False) -> Callable[[Function], Function]:
-    """Decorator that enters a function into the table under each of `names`, from version `since` on (see `Operator`)."""
+def operator(
+    *names: str, since: int = 1, domain: str = "", raw: bool = False, like: Function | None = None
+) -> Callable[[Function], Function]:
+    """Decorator that enters a function into the table under each of `names`, from version `since` on (see `Operator`).
+
+    Attributes are the function's parameters that have a name, and those of `like` to which it passes them on.
+    """
 
     def enter(function: Function) -> Function:
         attributes, wants_call = _parameters(function)
+        if like is not None:
+            attributes |= _parameters(like)[0]
         for name in names:
             _TABLE.add(Operator(domain, name, since, function, raw, attributes, wants_call))
         return function
@@ -94,8 +101,8 @@ def _parameters(function: Function) -> tuple[frozenset[str], bool]:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # a function of torch, which takes inputs only
         return frozenset(), False
-    positional_only = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-    names = {parameter.name for parameter in parameters if parameter.kind not in positional_only}
+    nameless = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = {parameter.name for parameter in parameters if parameter.kind not in nameless}
     return frozenset(names - {"call"}), "call" in names
 
 
