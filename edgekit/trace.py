@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from edgekit.contracts import Arrays
 from edgekit.errors import TraceError
+from edgekit.graph.parameters import names_by_parameter, tag_parameters
 from edgekit.source import Source
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ def trace(source: Source, exporter: str) -> Traced:
             ) from error
         _name_by_module(model)
         _name_outputs(model)
-        return Traced(model, _exporter_default(model), exporter)
+        baseline = _exporter_default(model)  # before the tags: the exporter's optimizer would keep only some of them
+        if source.module is not None:
+            tag_parameters(model, names_by_parameter(source.module.named_parameters(remove_duplicate=False)))
+        return Traced(model, baseline, exporter)
 
 
 def run_module(source: Source, feeds: list[Arrays], input_names: list[str], output_names: list[str]) -> list[Arrays]:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit.graph.cost import MODULE_KEY
+from edgekit.graph.parameters import inherit_as_weight
 
 
 def constant_array(value: ir.Value | None) -> np.ndarray | None:
@@ -65,10 +66,14 @@ class GraphEditor:
         self._names.add(name)
         return name
 
-    def add_initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        """Adds an initializer of the array's dtype and shape, called `name` or like it, and returns its value."""
+    def add_initializer(self, name: str, array: np.ndarray, *, made_from: Iterable[ir.Value | None] = ()) -> ir.Value:
+        """Adds an initializer of the array's dtype and shape, called `name` or like it, and returns its value.
+
+        A weight that was computed from others names them as `made_from`: it is a parameter where one of them is (`graph/parameters.py`).
+        """
         tensor = ir.Tensor(array, name=self.unique_name(name))
         value = ir.Value(name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        inherit_as_weight(value, made_from)
         self.graph.register_initializer(value)
         return value
 
@@ -76,13 +81,15 @@ class GraphEditor:
         """Makes input `index` of `node` the constant `array`, for this node alone.
 
         The name of the constant that it replaces passes over to the new one when no one else reads it (so that a weight still leads back to
-        its PyTorch parameter). Otherwise, and for an input that was absent, the new one is called `name` or like it.
+        its PyTorch parameter). Otherwise, and for an input that was absent, the new one is called `name` or like it. It is a parameter
+        where the old one was; where there was none (a bias), where another constant of the node is.
         """
         if index >= len(node.inputs):
             node.resize_inputs(index + 1)
         old = node.inputs[index]
         heir = old is not None and old.is_initializer() and is_used_once(old) and old.name is not None
-        value = self.add_initializer(name or (old.name if old is not None and old.name else f"{node.name}.constant"), array)
+        new_name = name or (old.name if old is not None and old.name else f"{node.name}.constant")
+        value = self.add_initializer(new_name, array, made_from=node.inputs if old is None else [old])
         node.replace_input_with(index, value)
         if old is not None:
             inherited = old.name

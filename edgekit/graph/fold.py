@@ -17,6 +17,7 @@ import onnx.reference.ops
 import onnx_ir as ir
 
 from edgekit.graph.check import subgraphs
+from edgekit.graph.parameters import inherit_by_folding
 from edgekit.graph.shapes import static_shape
 
 FILLED = "edgekit.filled"
@@ -248,6 +249,7 @@ def _replace(node: ir.Node, arrays: list[np.ndarray]) -> None:
     inputs = [value for value in node.inputs if value is not None]
     outputs = list(node.outputs)
     name = _inherited_name(node)
+    folded = []
     for output, array in zip(outputs, arrays, strict=True):
         tensor = ir.Tensor(array, name=output.name)
         initializer = ir.Value(name=output.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -256,6 +258,7 @@ def _replace(node: ir.Node, arrays: list[np.ndarray]) -> None:
         output.replace_all_uses_with(initializer)
         output.name = None
         graph.register_initializer(initializer)
+        folded.append(initializer)
     graph.remove(node, safe=True)
     for value in inputs:
         if value.graph is None or value.uses() or value.is_graph_output():
@@ -266,6 +269,7 @@ def _replace(node: ir.Node, arrays: list[np.ndarray]) -> None:
                 value.const_value.release()
     if name is not None and name not in graph.initializers:
         initializer.name = name
+    inherit_by_folding(folded, inputs, node.op_type)
 
 
 def _inherited_name(node: ir.Node) -> str | None:

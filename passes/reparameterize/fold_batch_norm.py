@@ -149,7 +149,7 @@ def _fold_matmul(matmul: ir.Node, norm: ir.Node, a: Affine, editor: GraphEditor)
     if new_weight is None or shift is None:
         return _not_finite(matmul, weight.dtype)
     editor.set_constant(matmul, 1, new_weight)
-    bias = editor.add_initializer(f"{matmul.name}.bias", shift)
+    bias = editor.add_initializer(f"{matmul.name}.bias", shift, made_from=norm.inputs)
     add = ir.node("Add", [matmul.outputs[0], bias], name=editor.unique_name(f"{matmul.name}.Add"))
     add.outputs[0].name = editor.unique_name(add.name or "Add")
     add.metadata_props.update(matmul.metadata_props)

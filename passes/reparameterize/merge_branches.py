@@ -248,9 +248,10 @@ def _new_conv(forms: list[LinearForm], weight: np.ndarray, bias: np.ndarray, roo
     assert in_shape is not None
     module = common_module([root, *(node for form in forms for node in form.nodes)])
     prefix = module or root.name or "merged"
-    inputs = [source, editor.add_initializer(f"{prefix}.weight", weight)]
+    made_from = [value for form in forms for node in form.nodes for value in node.inputs]
+    inputs = [source, editor.add_initializer(f"{prefix}.weight", weight, made_from=made_from)]
     if geometry.has_bias:
-        inputs.append(editor.add_initializer(f"{prefix}.bias", bias))
+        inputs.append(editor.add_initializer(f"{prefix}.bias", bias, made_from=made_from))
     attributes = {
         "kernel_shape": [tap.count for tap in geometry.taps],
         "pads": geometry.pads(in_shape[2:]),

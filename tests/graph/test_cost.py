@@ -11,9 +11,16 @@ from onnx import helper
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgekit.contracts import Context
 from edgekit.graph.canonicalize import canonicalize
+from edgekit.graph.constants import GraphEditor
 from edgekit.graph.cost import cost
+from edgekit.graph.parameters import FOLDED_FROM, PARAMETER
 from edgekit.graph.shapes import infer_shapes
+from edgekit.passes.reparameterize.fold_batch_norm import FoldBatchNorm
+from edgekit.passes.reparameterize.merge_branches import MergeBranches
+from edgekit.source import Source
+from edgekit.trace import trace
 
 N = helper.make_node
 F32 = np.float32
@@ -174,3 +181,131 @@ def test_unknown_shapes_are_reported(make):
     result = cost(model)
     assert not result.complete
     assert result.unknown == ("mm",)
+
+
+def traced(module: nn.Module, *inputs: torch.Tensor, exporter: str = "dynamo") -> ir.Model:
+    model = canonicalize(trace(Source("module", module=module, example_inputs=inputs), exporter).model)
+    infer_shapes(model)
+    return model
+
+
+def parameters_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class Awkward(nn.Module):
+    """Parameters and constants that cannot be told apart by their looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 24, bias=False)
+        self.gain = nn.Parameter(torch.tensor(1.5))  # a single number that is trained
+        self.table = nn.Parameter(torch.randn(5, 2))  # spread out over 5 x 5 places
+        self.scaled = nn.Parameter(torch.randn(8))  # used as 1 + scaled
+        self.register_buffer("places", (torch.arange(5)[:, None] - torch.arange(5)[None]).abs())
+        self.register_buffer("mask", torch.randn(5, 8))  # as large as a weight, and none
+        self.conv = nn.Conv1d(8, 8, 1, bias=False)  # for which the exporter writes a bias of zeros
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.linear(x).chunk(3, dim=-1)  # [B, 5, 8] each
+        scores = q @ k.transpose(1, 2) + self.table[self.places].sum(-1)
+        x = (scores @ v) * self.gain * (1 + self.scaled) + self.mask
+        return self.conv(x.transpose(1, 2))
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_parameters_are_those_of_the_module(exporter, tmp_path):
+    module = Awkward()
+    model = traced(module, torch.randn(2, 5, 8), exporter=exporter)
+    result = cost(model)
+    assert result.parameters == parameters_of(module) == 8 * 24 + 1 + 10 + 8 + 64
+    spread = [value for value in model.graph.initializers.values() if FOLDED_FROM in value.metadata_props]
+    assert 25 in [value.const_value.size for value in spread], "the table was spread out"
+    assert result.folded_bytes == sum(value.const_value.nbytes for value in spread)
+    assert result.folded_bytes < result.bytes
+    ir.save(model, tmp_path / "model.onnx")
+    again = cost(ir.load(tmp_path / "model.onnx"))
+    assert (again.parameters, again.folded_bytes) == (result.parameters, result.folded_bytes)
+
+
+class Tied(nn.Module):
+    """One matrix as the embedding and, transposed, as the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(tokens))
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_shared_parameters_count_once(exporter):
+    assert cost(traced(Tied(), torch.tensor([[1, 2, 3]]), exporter=exporter)).parameters == 66
+
+
+def test_parameters_of_an_exported_program():
+    module = Awkward().eval()
+    example = (torch.randn(2, 5, 8),)
+    program = torch.export.export(module, example)
+    source = Source("program", module=program.module(), program=program, example_inputs=example)
+    assert cost(canonicalize(trace(source, "dynamo").model)).parameters == parameters_of(module)
+
+
+class Branches(nn.Module):
+    """A 3x3, a 1x1 and an identity branch, each with batch norm, that are added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.Conv2d(6, 6, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norms[0](self.wide(x)) + self.norms[1](self.narrow(x)) + self.norms[2](x)
+
+
+def test_weights_made_by_passes_are_the_parameters_of_the_rewritten_network():
+    module = Branches()
+    model = traced(module, torch.zeros(1, 6, 5, 5))
+    assert cost(model).parameters == parameters_of(module) == 6 * 6 * 10 + 36
+    assert FoldBatchNorm().apply(model, Context()) == 2
+    assert cost(model).parameters == 6 * 6 * 10 + 2 * 6 + 12, "each convolution got a bias"
+    assert MergeBranches().apply(model, Context()) == 1
+    assert cost(model).parameters == cost(model).bytes / 4 == 6 * 6 * 9 + 6
+
+
+def test_constants_that_passes_add_count_only_when_made_from_parameters(make):
+    model = ir.from_proto(make([N("MatMul", ["x", "w"], ["y"])], {"x": zeros(3, 4)}, initializers={"w": zeros(4, 4)}))
+    weight = model.graph.initializers["w"]
+    weight.metadata_props[PARAMETER] = "1"
+    editor = GraphEditor(model)
+    node = model.graph[0]
+    mask = editor.add_initializer("mask", zeros(3, 4))
+    made = editor.add_initializer("made", zeros(3, 4), made_from=[weight, mask])
+    for constant in (mask, made):
+        model.graph.append(ir.node("Add", [node.outputs[0], constant]))
+    infer_shapes(model)
+    assert cost(model).parameters == 16 + 12
+    editor.set_constant(node, 1, zeros(4, 2))
+    assert cost(model).parameters == 8 + 12
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50",
+        "deit_small_patch16_224",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("mobileone_s0", "mobileone_s0 merged", "swin_tiny_patch4_window7_224", "convnext_tiny", "crossvit_15_240")
+        ),
+    ],
+)
+def test_published_figures(name):
+    from benchmarks.cost_figures import FIGURES, count, ratios
+
+    counted = count(FIGURES[name])
+    assert counted.complete
+    for what, number, published in ratios(FIGURES[name], counted):
+        assert number == pytest.approx(published, rel=0.01), what
