@@ -30,6 +30,7 @@ def run_onnx(path: Path, feeds: Sequence[Arrays], threads: int) -> list[Arrays]:
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")  # prepacked copies would double the weights in memory
+    options.add_session_config_entry("session.x64quantprecision", "1")  # 8-bit products saturate otherwise on older processors
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
