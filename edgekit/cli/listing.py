@@ -7,7 +7,6 @@ import math
 from typing import Any, get_type_hints
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from edgekit import contracts, specs
