@@ -141,5 +141,7 @@ def _check_external(tensor: ir.ExternalTensor, folder: Path, model_path: Path) -
 
 
 def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # onnx_ir wraps what really happened once a level
+        error = error.__cause__
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]

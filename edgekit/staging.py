@@ -29,10 +29,10 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
         OutputError: `out` exists (and is no artifact, or `force` is not set), cannot be written, or the disk is full.
     """
     out = Path(os.path.abspath(out))
-    _check_free(out, force)
-    created = _missing_parents(out.parent)
     folder = out.parent / f".{out.name}.edgekit-{os.getpid()}"
     with _as_output_errors(out):
+        _check_free(out, force)
+        created = _missing_parents(out.parent)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(out)
