@@ -1,0 +1,1 @@
+"""Fusion of decomposed forms into whole operators, one file an operator."""
