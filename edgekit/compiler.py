@@ -15,7 +15,7 @@ import numpy as np
 from edgekit import native, specs
 from edgekit.artifact import BASELINE, OPTIMIZED, PARITY, RECIPE, REPORT, Artifact, KeptParity, save_parity
 from edgekit.contracts import Context, Pass, Target
-from edgekit.errors import BudgetError, MissingToolError
+from edgekit.errors import BudgetError, LoweringError, MissingToolError
 from edgekit.evaluate import Evaluator, Outcome, in_worker
 from edgekit.graph.canonicalize import canonicalize
 from edgekit.graph.cost import cost
@@ -32,7 +32,7 @@ from edgekit.profile.host import latency
 from edgekit.progress import Reporter
 from edgekit.recipe import IN_MEMORY, Recipe, dump_recipe
 from edgekit.report.build import Compiled, build_report, write_report
-from edgekit.staging import staged
+from edgekit.staging import full_error, is_full, staged
 from edgekit.trace import OPSET
 from edgekit.verify import assert_close, compare
 
@@ -206,7 +206,7 @@ def _optimize_and_lower(
     stage = f"lower to {target.name}"
     with reporter.stage(stage):
         save_model(graph, folder / OPTIMIZED)
-        in_worker(worker, stage, native.lower, target, folder / OPTIMIZED, folder)
+        _lower(worker, stage, target, folder / OPTIMIZED, folder)
     with reporter.stage("run artifact"):
         outputs, facts = in_worker(worker, "run artifact", native.run_lowered, target, folder, evaluator.feeds, threads)
         lowered = evaluator.outcome(outputs, facts)
@@ -223,6 +223,15 @@ def _optimize_and_lower(
         parity=compare(original.reference, lowered.outputs),
         precision=precision,
     )
+
+
+def _lower(worker: Worker, stage: str, target: Target, source: Path, folder: Path) -> None:
+    try:
+        in_worker(worker, stage, native.lower, target, source, folder)
+    except LoweringError as error:
+        if is_full(folder):
+            raise full_error(f"stage {stage}", error.what) from error
+        raise
 
 
 def _hold_budget(budget: Budget | None, base: Outcome, lowered: Outcome, results: list[PassResult]) -> None:
@@ -243,7 +252,7 @@ def _measure(
     with reporter.stage("lower baseline"):
         baseline.mkdir()
         files = save_model(original.baseline, baseline / "source.onnx")
-        in_worker(worker, "lower baseline", native.lower, target, files[0], baseline)
+        _lower(worker, "lower baseline", target, files[0], baseline)
         for file in files:
             file.unlink()
     with reporter.stage("latency"):

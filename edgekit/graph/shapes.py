@@ -144,6 +144,13 @@ def pin_inputs(model: ir.Model, shapes: Mapping[str, tuple[Sequence[int], object
         if name not in inputs:
             raise SourceError(f"the model has no input '{name}'", where=f"--input {name}", fix=nearest(name, inputs))
         _check_dtype(inputs[name], dtype)
+    for value in inputs.values():
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            raise SourceError(f"input '{value.name}' is not a dense tensor", where=f"input '{value.name}': {value.type}",
+                              fix="export the model with tensors as its inputs")  # fmt: skip
+        if value.dtype in (None, ir.DataType.UNDEFINED):
+            raise SourceError(f"input '{value.name}' has no declared dtype", where=f"input '{value.name}'",
+                              fix=f"{_how_to_pin(value)}:float32")  # fmt: skip
 
     bindings: dict[str, tuple[int, str]] = {}
     for name, (shape, _) in shapes.items():
@@ -176,7 +183,8 @@ def _check_dtype(value: ir.Value, dtype: object | None) -> None:
         wanted = dtype if isinstance(dtype, ir.DataType) else ir.DataType.from_numpy(np.dtype(dtype))  # type: ignore[call-overload]
     except TypeError as error:
         raise SourceError(f"'{dtype}' is not a dtype", where=f"input '{value.name}'", fix="write float32, float16, int64, …") from error
-    if value.dtype is not None and value.dtype != wanted:
+    if value.dtype not in (None, ir.DataType.UNDEFINED, wanted):
+        assert value.dtype is not None
         raise SourceError(
             f"input '{value.name}' takes {_dtype_name(value.dtype)}, not {_dtype_name(wanted)}",
             where=f"input '{value.name}'",
@@ -228,7 +236,7 @@ def _fill_shape(value: ir.Value, bindings: Mapping[str, tuple[int, str]]) -> lis
 def _how_to_pin(value: ir.Value) -> str:
     """Returns an example such as `--input x:1,3,224,224`: fixed dimensions as declared, likely sizes for the others."""
     if value.shape is None:
-        return f"--input {value.name}:1,3,224,224 (the shape that the model expects)"
+        return f"give the shape that the model expects, such as --input {value.name}:1,3,224,224"
     rank = len(value.shape)
     sizes = []
     for axis, dim in enumerate(value.shape):
