@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from edgekit.data import Data, declared_inputs, load_data
 from edgekit.errors import EdgekitError, LoweringError, SourceError, TraceError, UnsupportedOpError
 from edgekit.evaluate import Evaluator, Outcome
 from edgekit.graph.check import check_model
+from edgekit.graph.files import spill_weights
 from edgekit.graph.opset import to_opset
 from edgekit.graph.precision import graph_precision
 from edgekit.graph.shapes import infer_shapes, pin_inputs
@@ -114,10 +116,13 @@ class Opener:
         return data, Evaluator(self.worker, data, self.folder, self.threads)
 
     def _from_graph(self, source: Source) -> Original:
-        model = source.model
-        assert model is not None
+        assert source.model is not None
         with self.reporter.stage("check"):
-            notes = check_model(model, self.recipe.model)
+            notes = check_model(source.model, self.recipe.model)
+            model = spill_weights(source.model, self.folder)
+            if model is not source.model:
+                source.model = model
+                gc.collect()  # a graph is a web of cycles: the weights in memory go only now
             model.graph.sort()  # a file may list its nodes in any order; everything from here on reads them in this one
             pin_inputs(model, pins(model, self.inputs))
             if (opset := model.opset_imports.get("", _OLDEST_RUNNABLE_OPSET)) < _OLDEST_RUNNABLE_OPSET:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import logging
@@ -147,7 +148,9 @@ def _from_timm(name: str, inputs: Sequence[InputSpec], seed: int) -> Source:
         ) from error
     pretrained = "." in name
     if name.split(".")[0] not in timm.list_models():
-        raise SourceError(f"timm has no model '{name}'", fix=nearest(name.split(".")[0], timm.list_models()))
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.5)  # there are more than a thousand
+        fix = f"did you mean one of: {', '.join(close)}?" if close else "timm.list_models() gives their names"
+        raise SourceError(f"timm has no model '{name}'", fix=fix)
     torch.manual_seed(seed)
     try:
         module = timm.create_model(name, pretrained=pretrained)

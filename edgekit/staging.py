@@ -23,8 +23,6 @@ MARKER = "report.json"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a file system says that has no room left, for this file at least."""
 
-_LITTLE_BYTES = 64 * 1024
-
 
 @contextlib.contextmanager
 def staged(out: Path, force: bool = False) -> Iterator[Path]:
@@ -54,10 +52,10 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
             raise
 
 
-def is_full(folder: Path) -> bool:
-    """Whether the file system of `folder` has hardly any room left: code in C++ often fails to write without saying why."""
+def lacks_room(folder: Path, needed: int) -> bool:
+    """Whether the file system of `folder` has no room for `needed` bytes: code in C++ often fails to write without saying why."""
     with contextlib.suppress(OSError):
-        return shutil.disk_usage(folder).free < _LITTLE_BYTES
+        return shutil.disk_usage(folder).free < needed
     return False
 
 

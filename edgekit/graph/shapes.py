@@ -33,7 +33,7 @@ def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def without_weights(model: ir.Model) -> Iterator[dict[str, ir.TensorProtocol]]:
-    """Within the block, large tensors of `model` are placeholders of the same dtype and shape without data.
+    """Within the block, large tensors of `model` are placeholders of the same dtype and shape without data; small ones are in memory.
 
     The model can then be serialized whatever its size. Yields the real tensors by placeholder location, so that a rebuilt model can get
     them back; on exit the model itself has them again.
@@ -42,23 +42,28 @@ def without_weights(model: ir.Model) -> Iterator[dict[str, ir.TensorProtocol]]:
     initializers: list[tuple[ir.Value, ir.TensorProtocol]] = []
     attributes: list[tuple[ir.Node, ir.Attr]] = []
 
-    def placeholder(tensor: ir.TensorProtocol, name: str | None) -> ir.ExternalTensor:
+    def stand_in(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
+        if tensor.nbytes <= _SMALL_TENSOR_BYTES:  # a protobuf would keep the file's name and forget its folder
+            return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
         location = f"{_PLACEHOLDER}-{len(real)}"
         real[location] = tensor
         return ir.ExternalTensor(location, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name or "")
+
+    def leaves(tensor: ir.TensorProtocol) -> bool:
+        return tensor.nbytes > _SMALL_TENSOR_BYTES or isinstance(tensor, ir.ExternalTensor)
 
     try:
         for graph in [*model.graphs(), *(function.graph for function in model.functions.values())]:
             for value in graph.initializers.values():
                 tensor = value.const_value
-                if tensor is not None and tensor.nbytes > _SMALL_TENSOR_BYTES:
+                if tensor is not None and leaves(tensor):
                     initializers.append((value, tensor))
-                    value.const_value = placeholder(tensor, value.name)
+                    value.const_value = stand_in(tensor, value.name)
             for node in graph:
                 for attr in list(node.attributes.values()):
-                    if attr.type == ir.AttributeType.TENSOR and not attr.is_ref() and attr.as_tensor().nbytes > _SMALL_TENSOR_BYTES:
+                    if attr.type == ir.AttributeType.TENSOR and not attr.is_ref() and leaves(attr.as_tensor()):
                         attributes.append((node, attr))
-                        node.attributes[attr.name] = ir.AttrTensor(attr.name, placeholder(attr.as_tensor(), attr.as_tensor().name))
+                        node.attributes[attr.name] = ir.AttrTensor(attr.name, stand_in(attr.as_tensor(), attr.as_tensor().name))
         yield real
     finally:
         for value, tensor in initializers:
