@@ -151,7 +151,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     described = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
-        if file.is_file() and name not in _OWN_FILES and not name.startswith(f"{BASELINE}/"):
+        if file.is_file() and name not in _OWN_FILES and not name.startswith((f"{BASELINE}/", ".")):
             described[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     return described
 

@@ -15,7 +15,7 @@ import numpy as np
 from edgekit import native, specs
 from edgekit.artifact import BASELINE, OPTIMIZED, PARITY, RECIPE, REPORT, Artifact, KeptParity, save_parity
 from edgekit.contracts import Context, Pass, Target
-from edgekit.errors import BudgetError, MissingToolError
+from edgekit.errors import BudgetError, LoweringError, MissingToolError
 from edgekit.evaluate import Evaluator, Outcome, in_worker
 from edgekit.graph.canonicalize import canonicalize
 from edgekit.graph.cost import cost
@@ -32,7 +32,7 @@ from edgekit.profile.host import latency
 from edgekit.progress import Reporter
 from edgekit.recipe import IN_MEMORY, Recipe, dump_recipe
 from edgekit.report.build import Compiled, build_report, write_report
-from edgekit.staging import staged
+from edgekit.staging import full_error, lacks_room, staged
 from edgekit.trace import OPSET
 from edgekit.verify import assert_close, compare
 
@@ -171,9 +171,12 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(Worker()) if worker is None else worker
         folder = stack.enter_context(staged(out, force))
-        opener = Opener(recipe, inputs, recipe.data if job.data is None else job.data, folder, threads, worker, reporter)
+        # Beside what is written, on the same file system: it is removed before the folder is renamed in.
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder)))
+        opener = Opener(recipe, inputs, recipe.data if job.data is None else job.data, scratch, threads, worker, reporter)
         original = opener.open(job.module)
-        compiled = _optimize_and_lower(recipe, target, passes, original, folder, threads, worker, reporter)
+        evaluator = Evaluator(worker, original.data, scratch, threads)
+        compiled = _optimize_and_lower(recipe, target, passes, original, evaluator, folder, threads, worker, reporter)
         if job.timing.budget_s:
             compiled.latency = _measure(original, target, folder, threads, job.timing, recipe.seed, worker, reporter)
         found = versions(target.requires)
@@ -188,12 +191,12 @@ def _optimize_and_lower(
     target: Target,
     passes: list[Pass],
     original: Original,
+    evaluator: Evaluator,
     folder: Path,
     threads: int,
     worker: Worker,
     reporter: Reporter,
 ) -> Compiled:
-    evaluator = Evaluator(worker, original.data, folder, threads)
     with reporter.stage("canonicalize"):
         graph = canonicalize(to_opset(original.model.clone(), OPSET))
         infer_shapes(graph)
@@ -206,7 +209,7 @@ def _optimize_and_lower(
     stage = f"lower to {target.name}"
     with reporter.stage(stage):
         save_model(graph, folder / OPTIMIZED)
-        in_worker(worker, stage, native.lower, target, folder / OPTIMIZED, folder)
+        _lower(worker, stage, target, folder / OPTIMIZED, folder)
     with reporter.stage("run artifact"):
         outputs, facts = in_worker(worker, "run artifact", native.run_lowered, target, folder, evaluator.feeds, threads)
         lowered = evaluator.outcome(outputs, facts)
@@ -223,6 +226,16 @@ def _optimize_and_lower(
         parity=compare(original.reference, lowered.outputs),
         precision=precision,
     )
+
+
+def _lower(worker: Worker, stage: str, target: Target, source: Path, folder: Path) -> None:
+    try:
+        in_worker(worker, stage, native.lower, target, source, folder)
+    except LoweringError as error:
+        # Targets write the graph twice at most: for their compiler, and what it makes of it.
+        if lacks_room(folder, 2 * sum(file.stat().st_size for file in (source, source.with_name(f"{source.name}.data")) if file.exists())):
+            raise full_error(f"stage {stage}", error.what) from error
+        raise
 
 
 def _hold_budget(budget: Budget | None, base: Outcome, lowered: Outcome, results: list[PassResult]) -> None:
@@ -243,7 +256,7 @@ def _measure(
     with reporter.stage("lower baseline"):
         baseline.mkdir()
         files = save_model(original.baseline, baseline / "source.onnx")
-        in_worker(worker, "lower baseline", native.lower, target, files[0], baseline)
+        _lower(worker, "lower baseline", target, files[0], baseline)
         for file in files:
             file.unlink()
     with reporter.stage("latency"):

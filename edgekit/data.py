@@ -123,6 +123,8 @@ def _noise(declared: dict[str, Declared], calibration: int, seed: int) -> Data:
         for name, what in declared.items():
             if what.dtype.kind in "iu":
                 batch[name] = rng.integers(0, 2, what.shape).astype(what.dtype)
+            elif what.dtype.kind in "OUST":
+                raise DataError(f"input '{name}' takes text: there is no noise of that", fix=f"give --data FILE.npz with '{name}'")
             elif what.dtype.kind == "b":
                 batch[name] = rng.integers(0, 2, what.shape).astype(bool)
             else:

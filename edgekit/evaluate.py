@@ -14,6 +14,7 @@ from edgekit.data import Data
 from edgekit.errors import LoweringError
 from edgekit.graph.files import save_model
 from edgekit.isolation import Worker, WorkerDiedError, WorkerRaisedError
+from edgekit.staging import FULL, full_error
 
 
 @dataclass
@@ -92,6 +93,7 @@ def in_worker(worker: Worker, stage: str, function, *arguments):  # type: ignore
 
     Raises:
         LoweringError: The worker crashed, or the function raised something that is not an error of edgekit.
+        OutputError: The disk is full.
     """
     try:
         return worker.call(function, *arguments)
@@ -102,6 +104,8 @@ def in_worker(worker: Worker, stage: str, function, *arguments):  # type: ignore
             fix="try another target or precision, or leave out the last pass",
         ) from error
     except WorkerRaisedError as error:
+        if error.errno in FULL:
+            raise full_error(f"stage {stage}", error.message) from error
         raise LoweringError(
             f"'{stage}' failed: {error.kind}: {error.message.splitlines()[0][:300] if error.message else ''}",
             where=f"stage {stage}",

@@ -45,11 +45,12 @@ class WorkerDiedError(Exception):
 class WorkerRaisedError(Exception):
     """The call raised an error that is not one of edgekit's."""
 
-    def __init__(self, kind: str, message: str, trace: str) -> None:
+    def __init__(self, kind: str, message: str, trace: str, errno: int | None = None) -> None:
         super().__init__(f"{kind}: {message}")
         self.kind = kind
         self.message = message
         self.trace = trace
+        self.errno = errno
 
 
 class Worker:
@@ -202,7 +203,7 @@ def _serve(request_fd: int, answer_fd: int, parent: int) -> None:
             except EdgekitError as error:
                 answer = ("edgekit", error)
             except Exception as error:
-                answer = ("other", (type(error).__name__, str(error), traceback.format_exc()))
+                answer = ("other", (type(error).__name__, str(error), traceback.format_exc(), getattr(error, "errno", None)))
             _send(answers, answer)
 
 

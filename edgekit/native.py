@@ -5,6 +5,7 @@ Functions here take and return plain data, since they are called through `edgeki
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import numpy as np
 
 from edgekit.contracts import Arrays, Target
 from edgekit.errors import LoweringError, UnsupportedOpError
+
+_OF_NO_USE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .*?failed:|\S*/onnxruntime/core/\S+:\d+ .*?\) (?=[A-Z])")
+"""What ONNX Runtime's messages say of its status codes, its source, and the file, which is a temporary one."""
 
 
 def run_onnx(path: Path, feeds: Sequence[Arrays], threads: int) -> list[Arrays]:
@@ -29,14 +33,16 @@ def run_onnx(path: Path, feeds: Sequence[Arrays], threads: int) -> list[Arrays]:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")  # prepacked copies would double the weights in memory
+    if path.with_name(f"{path.name}.data").exists():  # large weights: prepacked copies would double them in memory
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.x64quantprecision", "1")  # 8-bit products saturate otherwise on older processors
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
         return [dict(zip(names, session.run(names, feed), strict=True)) for feed in feeds]
     except Exception as error:  # ONNX Runtime's exception classes share no base
-        text = str(error).strip()
-        kind = UnsupportedOpError if "NOT_IMPLEMENTED" in text else LoweringError
+        text = _OF_NO_USE.sub("", str(error)).strip()
+        kind = UnsupportedOpError if "NOT_IMPLEMENTED" in str(error) else LoweringError
         raise kind(
             f"ONNX Runtime cannot run the graph: {text.splitlines()[0][:300] if text else type(error).__name__}",
             fix="check the model with onnx.checker; every check of edgekit runs the graph in ONNX Runtime",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
 import stat
@@ -25,10 +27,10 @@ def read_onnx(path: Path) -> ir.Model:
             or outside the model's folder.
     """
     proto = _parse(path)
+    _check_initializer_names(proto.graph, path)
     try:
-        model = ir.serde.deserialize_model(proto)
-    except SourceError:
-        raise
+        with _quiet():
+            model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises many kinds for malformed content
         raise SourceError(
             f"the file holds a model that is malformed: {_first_line(error)}", where=str(path), fix="export the model again"
@@ -38,7 +40,29 @@ def read_onnx(path: Path) -> ir.Model:
         _check_external(tensor, folder, path)
         tensor.base_dir = str(folder)
     _drop_weight_inputs(model.graph)
+    model.ir_version = max(model.ir_version or 0, 4)  # before 4 every initializer had to be an input
     return model
+
+
+def _check_initializer_names(graph: onnx.GraphProto, path: Path) -> None:
+    """Of two initializers of one name the IR would keep the last without a word."""
+    seen: set[str] = set()
+    for name in (*(tensor.name for tensor in graph.initializer), *(tensor.values.name for tensor in graph.sparse_initializer)):
+        if name in seen:
+            raise SourceError(f"two initializers are named '{name}'", where=str(path), fix="rename one of them, or export the model again")
+        seen.add(name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps remarks of onnx_ir on malformed graphs off the terminal: the checks that follow say the same as errors."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _drop_weight_inputs(graph: ir.Graph) -> None:
@@ -52,13 +76,17 @@ def _parse(path: Path) -> onnx.ModelProto:
     where = str(path)
     try:
         size = path.stat().st_size
-        if not path.is_file():
+        if path.is_dir():
             raise SourceError("the model is a folder, not a file", where=where, fix="name the .onnx file inside it")
+        if not path.is_file():
+            raise SourceError("the model is not a regular file", where=where, fix="save it to a file first")
         content = path.read_bytes() if size <= _PROTO_LIMIT else b""
     except FileNotFoundError as error:
         raise SourceError("there is no such file", where=where, fix="check the path") from error
     except OSError as error:
-        raise SourceError(f"the file cannot be read: {error.strerror}", where=where, fix="check its permissions") from error
+        raise SourceError(f"the file cannot be read: {error.strerror}", where=where, fix="check its name and permissions") from error
+    except ValueError as error:  # a zero byte in the name
+        raise SourceError(f"the file cannot be read: {error}", where=where, fix="check its name") from error
     if size == 0:
         raise SourceError("the file is empty", where=where, fix="export or copy the model again")
     if size > _PROTO_LIMIT:
@@ -141,5 +169,7 @@ def _check_external(tensor: ir.ExternalTensor, folder: Path, model_path: Path) -
 
 
 def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # onnx_ir wraps what really happened once a level
+        error = error.__cause__
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]

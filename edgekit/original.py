@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,11 @@ import onnx_ir as ir
 
 from edgekit.contracts import Arrays
 from edgekit.data import Data, declared_inputs, load_data
-from edgekit.errors import EdgekitError, SourceError, TraceError, UnsupportedOpError
+from edgekit.errors import EdgekitError, LoweringError, SourceError, TraceError, UnsupportedOpError
 from edgekit.evaluate import Evaluator, Outcome
 from edgekit.graph.check import check_model
+from edgekit.graph.files import spill_weights
+from edgekit.graph.opset import to_opset
 from edgekit.graph.precision import graph_precision
 from edgekit.graph.shapes import infer_shapes, pin_inputs
 from edgekit.inputs import InputSpec
@@ -22,11 +25,15 @@ from edgekit.isolation import Worker
 from edgekit.progress import Reporter
 from edgekit.recipe import IN_MEMORY, Recipe
 from edgekit.source import Source, from_module, open_source
-from edgekit.trace import EXPORTERS, Traced, run_module, trace
+from edgekit.trace import EXPORTERS, OPSET, Traced, run_module, trace
 from edgekit.verify import assert_close, outputs_vary
 
 if TYPE_CHECKING:
     import torch
+
+
+_OLDEST_RUNNABLE_OPSET = 7
+"""ONNX Runtime has few kernels for operators of earlier opsets."""
 
 
 @dataclass
@@ -109,16 +116,27 @@ class Opener:
         return data, Evaluator(self.worker, data, self.folder, self.threads)
 
     def _from_graph(self, source: Source) -> Original:
-        model = source.model
-        assert model is not None
+        assert source.model is not None
         with self.reporter.stage("check"):
-            notes = check_model(model, source.name)
+            notes = check_model(source.model, self.recipe.model)
+            model = spill_weights(source.model, self.folder)
+            if model is not source.model:
+                source.model = model
+                gc.collect()  # a graph is a web of cycles: the weights in memory go only now
             model.graph.sort()  # a file may list its nodes in any order; everything from here on reads them in this one
             pin_inputs(model, pins(model, self.inputs))
+            if (opset := model.opset_imports.get("", _OLDEST_RUNNABLE_OPSET)) < _OLDEST_RUNNABLE_OPSET:
+                model = to_opset(model, OPSET)
+                notes.append(f"the file is of opset {opset}, older than ONNX Runtime supports: parity refers to its form in opset {OPSET}")
             infer_shapes(model)
         with self.reporter.stage("run original"):
             data, evaluator = self._load(source, model)
-            outcome = evaluator.run(model, "run original")
+            try:
+                outcome = evaluator.run(model, "run original")
+            except LoweringError as error:  # nothing of edgekit's has touched the graph yet
+                raise SourceError(
+                    error.what, where=self.recipe.model, fix="check it by `python -m onnx.checker FILE`, or export the model again"
+                ) from error
         return Original(source, model, model, data, outcome.outputs, outcome, notes)
 
     def _from_module(self, source: Source) -> Original:

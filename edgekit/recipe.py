@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from edgekit.errors import RecipeError
 
 IN_MEMORY = "(in memory) "
 """Prefix of `Recipe.model` for a module that was handed over in Python: such a recipe names it but cannot open it."""
+
+_MOST_THREADS = 4096
+"""Runtimes take any number, and run out of memory."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Recipe:
             raise RecipeError(f"calibration = {self.calibration}: at least one input is needed", fix="give a whole number from 1")
         if self.threads < 0:
             raise RecipeError(f"threads = {self.threads} is negative", fix="give 0 for all threads, or their number")
+        if self.threads > _MOST_THREADS:
+            raise RecipeError(f"threads = {self.threads} is more than {_MOST_THREADS}", fix="give 0 for all threads, or their number")
+        if self.max_drop is not None and not 0.0 <= self.max_drop < math.inf:
+            raise RecipeError(f"max_drop = {self.max_drop:g} is not a number from 0", fix="give percentage points, such as 0.5")
         if self.seed < 0:
             raise RecipeError(f"seed = {self.seed} is negative", fix="give a whole number from 0")
 

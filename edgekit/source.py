@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -146,7 +148,9 @@ def _from_timm(name: str, inputs: Sequence[InputSpec], seed: int) -> Source:
         ) from error
     pretrained = "." in name
     if name.split(".")[0] not in timm.list_models():
-        raise SourceError(f"timm has no model '{name}'", fix=nearest(name.split(".")[0], timm.list_models()))
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.5)  # there are more than a thousand
+        fix = f"did you mean one of: {', '.join(close)}?" if close else "timm.list_models() gives their names"
+        raise SourceError(f"timm has no model '{name}'", fix=fix)
     torch.manual_seed(seed)
     try:
         module = timm.create_model(name, pretrained=pretrained)
@@ -180,6 +184,9 @@ def _from_exported(path: Path, inputs: Sequence[InputSpec]) -> Source:
         raise SourceError("there is no such file", where=str(path), fix="check the path")
     if inputs:
         raise UsageError("a .pt2 file fixes its input shapes", where=str(path), fix="leave --input out, or export it with other shapes")
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it prints a traceback of what is raised here
     try:
         program = torch.export.load(path)
     except Exception as error:  # zip, schema and unpickling errors of many kinds
@@ -188,6 +195,8 @@ def _from_exported(path: Path, inputs: Sequence[InputSpec]) -> Source:
             where=str(path),
             fix=f"write it by torch.export.save with torch {torch.__version__.split('+')[0]}",
         ) from error
+    finally:
+        logger.setLevel(level)
     if program.example_inputs is None or program.example_inputs[1]:
         raise SourceError(
             "the program carries no positional example inputs", where=str(path), fix="export it with positional example inputs"

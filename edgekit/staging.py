@@ -20,6 +20,9 @@ from edgekit.errors import OutputError
 MARKER = "report.json"
 """The file by which a folder is known to be an artifact, which `force` may replace."""
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What a file system says that has no room left, for this file at least."""
+
 
 @contextlib.contextmanager
 def staged(out: Path, force: bool = False) -> Iterator[Path]:
@@ -29,14 +32,16 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
         OutputError: `out` exists (and is no artifact, or `force` is not set), cannot be written, or the disk is full.
     """
     out = Path(os.path.abspath(out))
-    _check_free(out, force)
-    created = _missing_parents(out.parent)
     folder = out.parent / f".{out.name}.edgekit-{os.getpid()}"
-    with _as_output_errors(out):
+    created: list[Path] = []
+    with _as_output_errors(out, folder):
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(out)
-            folder.mkdir()
+            with _making(out):
+                _clear_leftovers(out)
+                _check_free(out, force)
+                created = _missing_parents(out.parent)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir()
             yield folder
             _move_in(folder, out, force)
         except BaseException:
@@ -45,6 +50,18 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
                 with contextlib.suppress(OSError):  # somebody else may have put something there
                     parent.rmdir()
             raise
+
+
+def lacks_room(folder: Path, needed: int) -> bool:
+    """Whether the file system of `folder` has no room for `needed` bytes: code in C++ often fails to write without saying why."""
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free < needed
+    return False
+
+
+def full_error(place: str, reason: str = "no space is left") -> OutputError:
+    """The error of a full disk."""
+    return OutputError(f"the disk is full: {reason}", where=place, fix="free some space, or give another place by --out")
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -66,11 +83,18 @@ def _missing_parents(parent: Path) -> list[Path]:
     return missing
 
 
-def _remove_stale(out: Path) -> None:
-    pattern = re.compile(re.escape(f".{out.name}.edgekit-") + r"(\d+)")
+def _clear_leftovers(out: Path) -> None:
+    """Removes what killed compiles to the same place left; an artifact that had stepped aside for its successor goes back."""
+    if not out.parent.is_dir():
+        return
+    pattern = re.compile(re.escape(f".{out.name}.edgekit-") + r"(?P<pid>\d+)(?P<old>-old)?")
     for sibling in out.parent.iterdir():
         match = pattern.fullmatch(sibling.name)
-        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+        if not match or (int(match["pid"]) != os.getpid() and psutil.pid_exists(int(match["pid"]))):
+            continue
+        if match["old"] and not out.exists():
+            sibling.rename(out)
+        else:
             shutil.rmtree(sibling, ignore_errors=True)
 
 
@@ -90,16 +114,30 @@ def _move_in(folder: Path, out: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _as_output_errors(out: Path) -> Iterator[None]:
+def _making(out: Path) -> Iterator[None]:
+    """Whatever refuses the new folder is about the place that was given."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise full_error(str(out), str(error.strerror)) from error
+        file = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
+        reason = f"{file} is not a folder" if file else error.strerror if isinstance(error, OSError) else str(error)
+        raise _unwritable(out, str(reason)) from error
+
+
+@contextlib.contextmanager
+def _as_output_errors(out: Path, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(
-                f"the disk is full: {error.strerror}", where=str(out), fix="free some space, or give another place by --out"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTEMPTY):
-            raise OutputError(
-                f"the output folder cannot be written: {error.strerror}", where=str(out), fix="give a place that you may write by --out"
-            ) from error
+        if error.errno in FULL:
+            raise full_error(str(out), str(error.strerror)) from error
+        refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTEMPTY)
+        if refused or str(error.filename).startswith(str(folder)):
+            raise _unwritable(out, str(error.strerror)) from error
         raise
+
+
+def _unwritable(out: Path, reason: str) -> OutputError:
+    return OutputError(f"the output folder cannot be written: {reason}", where=str(out), fix="give a place that you may write by --out")

@@ -15,6 +15,10 @@ import onnx_ir as ir
 from edgekit.contracts import Context, Effect, Pass
 from edgekit.graph.constants import GraphEditor
 from edgekit.graph.cost import MODULE_KEY
+from edgekit.graph.shapes import infer_shapes
+
+_Use = tuple[ir.Node, int]
+"""A node and the position of the input at which it reads a value."""
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -23,6 +27,9 @@ _STAY_FLOAT32 = frozenset(
     | {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "EyeLike"}
 )
 """Operators that stay in float32 although ONNX would let them be float16; runtimes lack kernels for the second group."""
+
+_READ_ANY_TYPE = frozenset({"Cast", "Shape", "Size"})
+"""Operators that read float32 or float16 as it comes: a Cast before them would only lose digits."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,13 @@ class ToFloat16(Pass):
     After:   x (float32) ─ Cast ─ Conv(W float16) ─ Relu ─ Cast ─► y (float32)
 
     What becomes float16 is decided by the type constraints of ONNX's operator schemas: every float32 input and output whose type parameter
-    admits float16, and Cast and ConstantOfShape that make such values. The rest stays in float32 between Casts: operators and inputs that do
-    not admit float16 (the scales of Resize, Range), quantization and random operators, nodes with subgraphs, and calls of functions. So
+    admits float16, and Cast and ConstantOfShape that make such values. The rest stays in float32 between Casts: operators and inputs that
+    do not admit float16 (the scales of Resize, Range), quantization and random operators, nodes with subgraphs, and calls of functions. So
     does a node that reads a constant beyond float16's range, or a single number that would become zero (the ε of a division).
 
     Attributes:
-        keep_io: Leave inputs and outputs of the graph in float32, with a Cast after and before.
+        keep_io: Leave inputs and outputs of the graph in float32, with a Cast after and before. Otherwise inputs are float16, and
+            an output has the type that its node computes in.
         keep_float32: Operator types or names of nodes that stay in float32; shell patterns such as `Softmax` or `blocks.11.*`.
 
     Source: IEEE 754-2019, binary16; Micikevicius et al. 2018, "Mixed Precision Training", section 3 (what must stay in float32).
@@ -53,6 +61,8 @@ class ToFloat16(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> int:
         """Converts the main graph; returns how many initializers and constants of nodes became float16."""
+        if any(_unknown(value) for node in model.graph for value in node.outputs):
+            infer_shapes(model)
         half = self._choose_nodes(model, context)
         halves = _halve_weights(half, context)
         constants = [node for node in half if _constant_attribute(node) is not None]
@@ -96,7 +106,7 @@ def _signature_of(node: ir.Node, model: ir.Model) -> Signature | str | None:
         return None
     if any(attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()):
         return f"{node.op_type} stays in float32: it holds a subgraph"
-    if any(value.dtype in (None, ir.DataType.UNDEFINED) and (value.producer() is not node or value.uses()) for value in values):
+    if any(_unknown(value) for value in values):
         return f"{node.op_type} stays in float32: the type of a value is not known"
     if any(value.type is not None and not isinstance(value.type, ir.TensorType) for value in values):
         return f"{node.op_type} stays in float32: it handles sequences"
@@ -105,7 +115,11 @@ def _signature_of(node: ir.Node, model: ir.Model) -> Signature | str | None:
     types = _schema_types(node.op_type, node.domain, model.opset_imports.get(node.domain, 0))
     if types is None:
         return f"{node.domain}::{node.op_type} stays in float32: ONNX does not define which types it takes"
-    inputs = tuple(i for i, value in enumerate(node.inputs) if value is not None and value.dtype == _FLOAT and types.input(i) is not None)
+    inputs = tuple(
+        i
+        for i, value in enumerate(node.inputs)
+        if value is not None and value.dtype == _FLOAT and types.input(i) is not None and not _reads_any_type(node)
+    )
     bound = {types.input(index) for index in inputs}
     outputs = tuple(
         i
@@ -143,6 +157,16 @@ def _schema_types(op_type: str, domain: str, opset: int) -> _SchemaTypes | None:
     return _SchemaTypes(tuple(map(parameter, schema.inputs)), tuple(map(parameter, schema.outputs)))
 
 
+def _unknown(value: ir.Value) -> bool:
+    """True when a value that somebody reads has no known type; optional outputs that nobody reads have none."""
+    unused = value.producer() is not None and not value.uses() and not value.is_graph_output()
+    return value.dtype in (None, ir.DataType.UNDEFINED) and not unused
+
+
+def _reads_any_type(node: ir.Node) -> bool:
+    return node.op_type in _READ_ANY_TYPE and node.domain == ""
+
+
 def _chooses_type(node: ir.Node, output: ir.Value) -> bool:
     """True when an attribute says that `output` is float32, so that it can say float16."""
     return node.domain == "" and (node.op_type == "Cast" or _constant_attribute(node) is not None)
@@ -153,7 +177,7 @@ def _constant_attribute(node: ir.Node) -> ir.TensorProtocol | None:
     if node.op_type not in ("Constant", "ConstantOfShape") or node.domain != "" or "value" not in node.attributes:
         return None
     tensor = node.attributes["value"].as_tensor()
-    return tensor if tensor.dtype == _FLOAT and _to_half(tensor).overflow is None else None
+    return tensor if tensor.dtype == _FLOAT and _why_not_half("", _to_half(tensor)) is None else None
 
 
 @dataclass(frozen=True)
@@ -193,7 +217,7 @@ def _halve_weights(half: dict[ir.Node, Signature], context: Context) -> dict[ir.
                 continue
             if value not in found:
                 found[value] = _to_half(value.const_value)
-            why = _why_not_half(value, found[value])
+            why = _why_not_half(value.name or "", found[value])
             if why is not None:
                 context.refuse(node.name or node.op_type, f"{node.op_type} stays in float32: {why}")
                 del half[node]
@@ -205,16 +229,16 @@ def _halve_weights(half: dict[ir.Node, Signature], context: Context) -> dict[ir.
         worst = max(underflows, key=lambda value: underflows[value])
         context.refuse(
             worst.name or "weights",
-            f"{sum(underflows.values())} weights of {len(underflows)} initializers become zero in float16, {underflows[worst]} of them here",
+            f"{sum(underflows.values())} weights of {len(underflows)} initializers are zero in float16, {underflows[worst]} of them here",
         )
     return {value: item.array for value, item in halves.items()}
 
 
-def _why_not_half(value: ir.Value, half: _Half) -> str | None:
+def _why_not_half(name: str, half: _Half) -> str | None:
     if half.overflow is not None:
-        return f"initializer '{value.name}' holds {half.overflow:g}, and float16 ends at 65504"
+        return f"initializer '{name}' holds {half.overflow:g}, and float16 ends at 65504"
     if half.array.size == 1 and half.underflows:
-        return f"initializer '{value.name}' is a single number that would become zero in float16"
+        return f"initializer '{name}' is a single number that would become zero in float16"
     return None
 
 
@@ -239,14 +263,15 @@ class _Converter:
             if readers:
                 self._cast(value, _HALF, readers)
         for value in made:
-            readers = [use for use in value.uses() if not self._reads_half(use)]
+            readers = [use for use in value.uses() if not self._reads_half(use) and not _reads_any_type(use.node)]
             given_out = value.is_graph_output() and self.keep_io
             if readers or given_out:
                 self._cast(value, _FLOAT, readers, as_output=given_out)
 
-    def _reads_half(self, use: ir.Usage) -> bool:
-        signature = self.half.get(use.node)
-        return signature is not None and use.idx in signature.inputs
+    def _reads_half(self, use: _Use) -> bool:
+        node, index = use
+        signature = self.half.get(node)
+        return signature is not None and index in signature.inputs
 
     def _convert_initializers(self) -> None:
         for value, array in self.halves.items():
@@ -259,9 +284,9 @@ class _Converter:
                 new.name = name
                 continue
             new = self.editor.add_initializer(f"{value.name}.float16", array)
-            for use in value.uses():
-                if self._reads_half(use):
-                    use.node.replace_input_with(use.idx, new)
+            for node, index in value.uses():
+                if self._reads_half((node, index)):
+                    node.replace_input_with(index, new)
 
     def _convert_results(self) -> None:
         for node, signature in self.half.items():
@@ -279,7 +304,7 @@ class _Converter:
         """Turns the float32 inputs of the graph to float16, with their default values if they have any that fit."""
         converted = set()
         for value in self.graph.inputs:
-            if value.dtype != _FLOAT:
+            if value.dtype != _FLOAT or not isinstance(value.type, ir.TensorType):
                 continue
             if value.const_value is not None:
                 half = _to_half(value.const_value)
@@ -295,7 +320,7 @@ class _Converter:
         yield from [value for value in self.graph.inputs if value.dtype == _FLOAT]
         yield from [value for node in self.graph for value in node.outputs if value.dtype == _FLOAT and value not in made]
 
-    def _cast(self, value: ir.Value, to: ir.DataType, readers: Sequence[ir.Usage], as_output: bool = False) -> None:
+    def _cast(self, value: ir.Value, to: ir.DataType, readers: Sequence[_Use], as_output: bool = False) -> None:
         """Puts one Cast of `value` before `readers`; `as_output`: and gives it out in place of `value`, under the same name."""
         node = ir.node("Cast", [value], {"to": to.value}, name=self.editor.unique_name(f"{value.name}/Cast"))
         result = node.outputs[0]
@@ -308,8 +333,8 @@ class _Converter:
             self.graph.insert_after(producer, node)
         elif len(self.graph):
             self.graph.insert_before(self.graph[0], node)
-        for use in readers:
-            use.node.replace_input_with(use.idx, result)
+        for reader, index in readers:
+            reader.replace_input_with(index, result)
         if as_output:
             name, spare = value.name, result.name
             for index, output in enumerate(self.graph.outputs):

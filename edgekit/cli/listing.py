@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import Any, get_type_hints
 
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from edgekit import contracts, specs
 from edgekit.cli.show import count, rows_table
@@ -45,13 +46,18 @@ def list_passes() -> list[dict[str, Any]]:
     ]
 
 
-def passes_table(found: list[dict[str, Any]]) -> Table:
-    """The passes as a table."""
-    rows = []
-    for item in found:
-        options = "\n".join(f"{option['name']}: {option['type']} = {option['default']}" for option in item["options"])
-        rows.append([item["name"], item["effect"], "yes" if item["default"] else "", options or "none", item["summary"]])
-    return rows_table("passes", ["name", "effect", "by default", "options", "what it does"], rows)
+def passes_table(found: list[dict[str, Any]]) -> RenderableType:
+    """The passes, one paragraph each."""
+    return _paragraphs([(item["name"], item["effect"] + (", by default" if item["default"] else ""), item) for item in found])
+
+
+def _paragraphs(things: list[tuple[str, str, dict[str, Any]]]) -> RenderableType:
+    """Name and state in one line, then the summary and the options with type and default."""
+    lines = []
+    for name, state, item in things:
+        lines += [Text(name, style="bold").append(f"  {state}", style="not bold cyan"), Text(f"    {item['summary']}")]
+        lines += [Text(f"    {option['name']} = {option['default']}  ({option['type']})", style="dim") for option in item["options"]]
+    return Group(*lines)
 
 
 def list_targets() -> list[dict[str, Any]]:
@@ -72,19 +78,9 @@ def list_targets() -> list[dict[str, Any]]:
     return found
 
 
-def targets_table(found: list[dict[str, Any]]) -> Table:
-    """The targets as a table."""
-    rows = [
-        [
-            item["name"],
-            ", ".join(item["precisions"]),
-            "\n".join(f"{option['name']}: {option['type']} = {option['default']}" for option in item["options"]) or "none",
-            item["install"] or "ready",
-            item["summary"],
-        ]
-        for item in found
-    ]
-    return rows_table("targets", ["name", "precisions", "options", "state", "what it is"], rows)
+def targets_table(found: list[dict[str, Any]]) -> RenderableType:
+    """The targets, one paragraph each."""
+    return _paragraphs([(item["name"], f"{', '.join(item['precisions'])}; {item['install'] or 'ready'}", item) for item in found])
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -109,17 +105,17 @@ def list_models() -> list[dict[str, Any]]:
     return found
 
 
-def models_table(found: list[dict[str, Any]]) -> Table:
-    """The zoo as a table."""
+def models_table(found: list[dict[str, Any]]) -> RenderableType:
+    """The zoo as a table, and where each model comes from."""
     rows = [
         [
             item["name"],
             count(item["parameters"]),
             count(item["macs"]),
             item["input"],
-            "–" if item["accuracy"] is None else f"{100 * item['accuracy']:.2f} % ({item['dataset']}, held out)",
-            item["source"],
+            "–" if item["accuracy"] is None else f"{100 * item['accuracy']:.2f} % ({item['dataset']})",
         ]
         for item in found
     ]
-    return rows_table("models", ["name", "parameters", "MACs", "input", "top-1", "source"], rows, right=(1, 2))
+    table = rows_table("models", ["name", "parameters", "MACs", "input", "held-out top-1"], rows, right=(1, 2, 4))
+    return Group(table, *(Text(f"{item['name']}: {item['source']}", style="dim") for item in found))

@@ -49,10 +49,13 @@ def check_model(model: ir.Model, where: str) -> list[str]:
 
 
 def describe_node(node: ir.Node) -> str:
-    """Returns `node 'name' (Conv)`, with the first output in place of a missing name."""
-    name = node.name or (f"with output {node.outputs[0].name}" if node.outputs and node.outputs[0].name else "without name")
+    """Returns `node 'name' (Conv)`, or `node with output 'y' (Conv)` where it has no name."""
+    if node.name:
+        name = f"'{node.name}'"
+    else:
+        name = f"with output '{node.outputs[0].name}'" if node.outputs and node.outputs[0].name else "without name"
     operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-    return f"node '{name}' ({operator})"
+    return f"node {name} ({operator})"
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
@@ -208,6 +211,12 @@ class _Checker:
                 f"the model imports ONNX opset {imported}; the installed onnx {onnx.__version__} knows opsets 1 to {newest}",
                 where=self.where,
                 fix="pip install -U onnx onnxruntime, or export at a lower opset",
+            )
+        if model.ir_version is not None and model.ir_version > onnx.IR_VERSION:
+            raise SourceError(
+                f"the file is of IR version {model.ir_version}; the installed onnx {onnx.__version__} knows up to {onnx.IR_VERSION}",
+                where=self.where,
+                fix="pip install -U onnx onnxruntime, or save it with a lower ir_version",
             )
         if not model.graph.outputs:
             raise SourceError("the graph has no outputs", where=self.where, fix=_REEXPORT)

@@ -15,6 +15,28 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
+def spill_weights(model: ir.Model, folder: Path) -> ir.Model:
+    """Moves large weights that are held in memory into a file in `folder`, from which they are mapped when read.
+
+    Args:
+        model: The graph.
+        folder: Where the file is written; it must stay as long as the graph is used.
+
+    Returns:
+        The same graph over mapped weights; `model` itself where its weights are small or on disk already.
+
+    Raises:
+        OSError: The file system refused, or is full.
+    """
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    held = sum(tensor.nbytes for tensor in tensors if tensor is not None and not isinstance(tensor, ir.ExternalTensor))
+    if held <= INLINE_LIMIT:
+        return model
+    path = folder / "spilled.onnx"
+    save_model(model, path)
+    return ir.load(path)
+
+
 def save_model(model: ir.Model, path: Path) -> list[Path]:
     """Writes `model` to `path`, with its weights beside it in `path.data` where they are large; returns the files written.
 

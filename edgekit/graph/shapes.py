@@ -33,7 +33,7 @@ def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def without_weights(model: ir.Model) -> Iterator[dict[str, ir.TensorProtocol]]:
-    """Within the block, large tensors of `model` are placeholders of the same dtype and shape without data.
+    """Within the block, large tensors of `model` are placeholders of the same dtype and shape without data; small ones are in memory.
 
     The model can then be serialized whatever its size. Yields the real tensors by placeholder location, so that a rebuilt model can get
     them back; on exit the model itself has them again.
@@ -42,23 +42,28 @@ def without_weights(model: ir.Model) -> Iterator[dict[str, ir.TensorProtocol]]:
     initializers: list[tuple[ir.Value, ir.TensorProtocol]] = []
     attributes: list[tuple[ir.Node, ir.Attr]] = []
 
-    def placeholder(tensor: ir.TensorProtocol, name: str | None) -> ir.ExternalTensor:
+    def stand_in(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
+        if tensor.nbytes <= _SMALL_TENSOR_BYTES:  # a protobuf would keep the file's name and forget its folder
+            return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
         location = f"{_PLACEHOLDER}-{len(real)}"
         real[location] = tensor
         return ir.ExternalTensor(location, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name or "")
+
+    def leaves(tensor: ir.TensorProtocol) -> bool:
+        return tensor.nbytes > _SMALL_TENSOR_BYTES or isinstance(tensor, ir.ExternalTensor)
 
     try:
         for graph in [*model.graphs(), *(function.graph for function in model.functions.values())]:
             for value in graph.initializers.values():
                 tensor = value.const_value
-                if tensor is not None and tensor.nbytes > _SMALL_TENSOR_BYTES:
+                if tensor is not None and leaves(tensor):
                     initializers.append((value, tensor))
-                    value.const_value = placeholder(tensor, value.name)
+                    value.const_value = stand_in(tensor, value.name)
             for node in graph:
                 for attr in list(node.attributes.values()):
-                    if attr.type == ir.AttributeType.TENSOR and not attr.is_ref() and attr.as_tensor().nbytes > _SMALL_TENSOR_BYTES:
+                    if attr.type == ir.AttributeType.TENSOR and not attr.is_ref() and leaves(attr.as_tensor()):
                         attributes.append((node, attr))
-                        node.attributes[attr.name] = ir.AttrTensor(attr.name, placeholder(attr.as_tensor(), attr.as_tensor().name))
+                        node.attributes[attr.name] = ir.AttrTensor(attr.name, stand_in(attr.as_tensor(), attr.as_tensor().name))
         yield real
     finally:
         for value, tensor in initializers:
@@ -144,6 +149,13 @@ def pin_inputs(model: ir.Model, shapes: Mapping[str, tuple[Sequence[int], object
         if name not in inputs:
             raise SourceError(f"the model has no input '{name}'", where=f"--input {name}", fix=nearest(name, inputs))
         _check_dtype(inputs[name], dtype)
+    for value in inputs.values():
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            raise SourceError(f"input '{value.name}' is not a dense tensor", where=f"input '{value.name}': {value.type}",
+                              fix="export the model with tensors as its inputs")  # fmt: skip
+        if value.dtype in (None, ir.DataType.UNDEFINED):
+            raise SourceError(f"input '{value.name}' has no declared dtype", where=f"input '{value.name}'",
+                              fix=f"{_how_to_pin(value)}:float32")  # fmt: skip
 
     bindings: dict[str, tuple[int, str]] = {}
     for name, (shape, _) in shapes.items():
@@ -176,7 +188,8 @@ def _check_dtype(value: ir.Value, dtype: object | None) -> None:
         wanted = dtype if isinstance(dtype, ir.DataType) else ir.DataType.from_numpy(np.dtype(dtype))  # type: ignore[call-overload]
     except TypeError as error:
         raise SourceError(f"'{dtype}' is not a dtype", where=f"input '{value.name}'", fix="write float32, float16, int64, …") from error
-    if value.dtype is not None and value.dtype != wanted:
+    if value.dtype not in (None, ir.DataType.UNDEFINED, wanted):
+        assert value.dtype is not None
         raise SourceError(
             f"input '{value.name}' takes {_dtype_name(value.dtype)}, not {_dtype_name(wanted)}",
             where=f"input '{value.name}'",
@@ -228,7 +241,7 @@ def _fill_shape(value: ir.Value, bindings: Mapping[str, tuple[int, str]]) -> lis
 def _how_to_pin(value: ir.Value) -> str:
     """Returns an example such as `--input x:1,3,224,224`: fixed dimensions as declared, likely sizes for the others."""
     if value.shape is None:
-        return f"--input {value.name}:1,3,224,224 (the shape that the model expects)"
+        return f"give the shape that the model expects, such as --input {value.name}:1,3,224,224"
     rank = len(value.shape)
     sizes = []
     for axis, dim in enumerate(value.shape):

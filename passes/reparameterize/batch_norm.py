@@ -38,7 +38,7 @@ def why_not_affine(norm: ir.Node) -> str | None:
         if array.ndim != 1 or parameters[0] is None or array.shape != parameters[0].shape:
             return f"the batch norm's {name} is not one number per channel"
     assert parameters[3] is not None
-    variance = parameters[3].astype(np.float64) + norm.attributes.get_float("epsilon", 1e-5)
+    variance = parameters[3].astype(np.float64) + _epsilon(norm)
     if not (variance > 0).all():
         channel = int(np.argmin(variance > 0))
         return f"the batch norm's variance + epsilon is {variance[channel]:g} in channel {channel}: it has no square root to divide by"
@@ -52,5 +52,9 @@ def affine(norm: ir.Node) -> Affine:
     """
     arrays = [constant_array(value) for value in norm.inputs[1:]]
     gamma, beta, mean, variance = (array.astype(np.float64) for array in arrays if array is not None)
-    scale = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
+    scale = gamma / np.sqrt(variance + _epsilon(norm))
     return Affine(scale, beta - mean * scale)
+
+
+def _epsilon(norm: ir.Node) -> float:
+    return float(np.float32(norm.attributes.get_float("epsilon", 1e-5)))  # attributes are float32, the default too

@@ -60,13 +60,20 @@ def _fold(norm: ir.Node, editor: GraphEditor) -> str | None:
         return why
     x = norm.inputs[0]
     producer = x.producer() if x is not None else None
-    if x is None or producer is None or producer.domain != "" or producer.op_type not in _FOLDERS:
+    if x is None or producer is None or not _is_linear(producer):
         return f"what the batch norm reads is made by {_what_makes(x)}, which it cannot be folded into"
     if producer.graph is not norm.graph:
         return f"{producer.op_type} '{producer.name}' is in another graph"
     if not is_used_once(x):
         return f"the output of {producer.op_type} '{producer.name}' is read elsewhere"
     return _FOLDERS[producer.op_type](producer, norm, affine(norm), editor)
+
+
+def _is_linear(node: ir.Node) -> bool:
+    """True for the operators that a batch norm can be folded into; an Add only as the bias of a MatMul."""
+    if node.domain != "" or node.op_type not in _FOLDERS:
+        return False
+    return node.op_type != "Add" or [_made_by_matmul(value) for value in node.inputs].count(True) == 1
 
 
 def _what_makes(value: ir.Value | None) -> str:
@@ -160,11 +167,9 @@ def _fold_matmul(matmul: ir.Node, norm: ir.Node, a: Affine, editor: GraphEditor)
 
 def _fold_add(add: ir.Node, norm: ir.Node, a: Affine, editor: GraphEditor) -> str | None:
     """MatMul ─ Add(bias), the operands of the Add in either order; the bias is one number or one per column."""
-    operands = [(index, value) for index, value in enumerate(add.inputs) if value is not None]
-    products = [(index, value) for index, value in operands if _made_by_matmul(value)]
-    if len(operands) != 2 or len(products) != 1:
-        return f"what the batch norm reads is made by Add '{add.name}', which is not the bias of a MatMul"
-    product, bias_index = products[0][1], 1 - products[0][0]
+    product_index = 0 if _made_by_matmul(add.inputs[0]) else 1
+    product, bias_index = add.inputs[product_index], 1 - product_index
+    assert product is not None
     matmul = product.producer()
     assert matmul is not None
     bias = constant_array(add.inputs[bias_index])
@@ -186,8 +191,8 @@ def _fold_add(add: ir.Node, norm: ir.Node, a: Affine, editor: GraphEditor) -> st
     return None
 
 
-def _made_by_matmul(value: ir.Value) -> bool:
-    producer = value.producer()
+def _made_by_matmul(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
     return producer is not None and producer.op_type == "MatMul" and producer.domain == ""
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit.contracts import Context, Effect, Pass
-from edgekit.graph.constants import GraphEditor, common_module
+from edgekit.graph.constants import GraphEditor, common_module, constant_array
 from edgekit.graph.cost import MODULE_KEY
 from edgekit.graph.shapes import static_shape
 from edgekit.passes.reparameterize.linear_form import (
@@ -42,7 +42,7 @@ class MergeBranches(Pass):
     3. nothing but the sum reads them (the same addend may occur several times);
     4. a convolution is among them, and one convolution costs neither more multiply-accumulates nor more weights than what it replaces.
 
-    Other addends stay: the sum is regrouped around them.
+    Other addends stay: the sum is regrouped around them. A constant zero (`sum()` in Python starts with one) is dropped.
 
     Source: Ding et al. 2021, "RepVGG: Making VGG-style ConvNets Great Again", section 3.3; for several branches of one size,
     Vasu et al. 2023, "MobileOne: An Improved One millisecond Mobile Backbone", section 3.2.
@@ -53,7 +53,7 @@ class MergeBranches(Pass):
     default_order: ClassVar[int | None] = 20
 
     def apply(self, model: ir.Model, context: Context) -> int:
-        """Merges in every sum of the main graph; returns how many convolutions took the place of branches."""
+        """Merges in every sum of the main graph; returns how many convolutions took the place of branches, plus zeros dropped elsewhere."""
         trees = _sums(model.graph)
         editor = GraphEditor(model) if trees else None
         merged = 0
@@ -65,7 +65,7 @@ class MergeBranches(Pass):
 
 @dataclass(frozen=True)
 class _Sum:
-    """A tree of additions without broadcasting.
+    """A tree of additions without broadcasting, except of zero.
 
     Attributes:
         root: The last addition.
@@ -76,13 +76,13 @@ class _Sum:
     inner: tuple[ir.Node, ...]
 
     def addends(self) -> Counter[ir.Value]:
-        """How often each value is added, in the order in which they are first met."""
+        """How often each value other than zero is added, in the order in which they are first met."""
         times: Counter[ir.Value] = Counter({self.root.outputs[0]: 1})
         for node in self.inner:  # consumers before producers: a result's count is complete when it is split up
             count = times.pop(node.outputs[0])
             for value in node.inputs:
-                assert value is not None
-                times[value] += count
+                if value is not None and not _is_zero(value):
+                    times[value] += count
         return times
 
     def reads_alone(self, value: ir.Value) -> bool:
@@ -106,11 +106,19 @@ def _sums(graph: ir.Graph) -> list[_Sum]:
 
 
 def _is_plain_sum(node: ir.Node) -> bool:
-    """An Add or Sum whose operands all have the shape of its result."""
+    """An Add or Sum whose operands all have the shape of its result or are a constant zero."""
     if node.op_type not in ("Add", "Sum") or node.domain != "":
         return False
     shape = static_shape(node.outputs[0])
-    return shape is not None and all(static_shape(value) == shape for value in node.inputs)
+    return shape is not None and all(static_shape(value) == shape or _is_zero(value) for value in node.inputs)
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    """True for a constant of one element that is zero."""
+    if value is None or value.producer() is not None or value.const_value is None or value.const_value.size != 1:
+        return False
+    array = constant_array(value)
+    return array is not None and not array.any()
 
 
 def _merge_in_sum(tree: _Sum, editor: GraphEditor, context: Context) -> int:
@@ -138,7 +146,19 @@ def _merge_in_sum(tree: _Sum, editor: GraphEditor, context: Context) -> int:
     ]
     if merged:
         _rebuild(tree, addends, forms, merged, editor)
-    return len(merged)
+        return len(merged)
+    return _drop_zeros(tree, addends, editor)
+
+
+def _drop_zeros(tree: _Sum, addends: Counter[ir.Value], editor: GraphEditor) -> int:
+    """Replaces a sum of one value and zeros by the value; returns 1 when it was one."""
+    result = tree.root.outputs[0]
+    if addends.total() != 1 or result.is_graph_output():
+        return 0
+    (value,) = addends
+    editor.replace_value(result, value)
+    editor.remove(tree.inner)
+    return 1
 
 
 def _explain_obstacles(obstacles: list[Obstacle], by_source: dict[ir.Value, list[ir.Value]], context: Context) -> None:

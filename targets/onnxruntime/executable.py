@@ -44,7 +44,7 @@ class OnnxRuntimeExecutable(Executable):
             for value in self._session.get_inputs()
         }
         self._outputs = [value.name for value in self._session.get_outputs()]
-        self.facts = {"asked_precision": "fp32", "executed_precision": "fp32", "provider": self._session.get_providers()[0]}
+        self.facts = {"provider": self._session.get_providers()[0]}  # each operator executes in the types that the graph gives it
 
     def run(self, inputs: Arrays) -> Arrays:
         """Runs the model once.

@@ -16,7 +16,7 @@ def test_values_files_and_feeds(graphs, through, tmp_path):
     executable = through(OnnxRuntime(), graphs.build(RELU, {"x": X}), threads=2)
     np.testing.assert_array_equal(executable.run({"x": X})["y"], np.maximum(X, 0))
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
-    assert executable.facts["executed_precision"] == "fp32"
+    assert executable.facts["provider"] == "CPUExecutionProvider"
     with pytest.raises(UsageError, match="float64"):
         executable.run({"x": X.astype(np.float64)})
     np.testing.assert_array_equal(OnnxRuntime().load(tmp_path, 1).run({"x": -X})["y"], np.maximum(-X, 0))

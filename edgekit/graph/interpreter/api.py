@@ -13,8 +13,8 @@ from torch import Tensor
 
 from edgekit.errors import DataError, SourceError, UnsupportedOpError, UsageError, nearest
 from edgekit.graph.interpreter.engine import Engine, Hook
-from edgekit.graph.interpreter.plan import Planner
-from edgekit.graph.interpreter.values import Carried, DataType, NotSupported, Precision, Value, from_array, onnx_type, to_array
+from edgekit.graph.interpreter.plan import Planner, initial
+from edgekit.graph.interpreter.values import Carried, DataType, NotSupportedError, Precision, Value, from_array, onnx_type, to_array
 
 Hooks: TypeAlias = Mapping[str, Callable[[Tensor], Tensor | None]] | Hook
 """A function per name of a value, or one function of (name, tensor) for all; what it returns, if anything, replaces the tensor."""
@@ -90,7 +90,7 @@ class Interpreter:
         floats = {
             value.name or "": value
             for value, constant in constants.items()
-            if isinstance(constant, Tensor) and constant.is_floating_point()
+            if value.is_initializer() and isinstance(constant, Tensor) and constant.is_floating_point()
         }
         if isinstance(chosen, bool):
             names: Collection[str] = floats if chosen else ()
@@ -101,8 +101,10 @@ class Interpreter:
                     raise UsageError(f"the model has no floating-point initializer '{name}'", fix=nearest(name, floats))
         parameters = {}
         for name in names:
-            parameter = torch.nn.Parameter(constants[floats[name]].clone())
-            parameters[name] = constants[floats[name]] = parameter
+            value = floats[name]
+            exact = initial(value, Precision())  # not rounded, as the constant may be
+            parameters[name] = constants[value] = torch.nn.Parameter(exact.to(constants[value].dtype, copy=True))
+        self._plan.parameters = tuple(floats[name] for name in names)
         return parameters
 
     def __call__(self, inputs: Mapping[str, Any], hooks: Hooks | None = None) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def _admit(given: Any, formal: ir.Value, precision: Precision) -> Value:
     try:
         value = given if isinstance(given, Tensor | Carried) else from_array(np.asarray(given), precision)
         dtype = onnx_type(value)
-    except (NotSupported, KeyError, TypeError) as error:
+    except (NotSupportedError, KeyError, TypeError) as error:
         raise UnsupportedOpError(f"the interpreter refuses {error}", where=f"input '{name}'", fix="cast the input") from error
     if isinstance(value, Tensor) and value.is_floating_point():
         declared = formal.dtype if isinstance(formal.type, ir.TensorType) and formal.dtype is not None else dtype
@@ -198,7 +200,11 @@ def _check_shape(value: Value, formal: ir.Value) -> None:
         return
     shape = tuple((value.tensor if isinstance(value, Carried) else value).shape)
     declared = tuple(formal.shape)
-    fits = len(shape) == len(declared) and all(not isinstance(want, int) or want == have for have, want in zip(shape, declared, strict=True))
+    fits = len(shape) == len(declared) and all(
+        not isinstance(want, int) or want == have for have, want in zip(shape, declared, strict=True)
+    )
     if not fits:
         wanted = [want if isinstance(want, int) else str(want) for want in declared]
-        raise DataError(f"input '{formal.name}' is declared with shape {wanted} and was given {list(shape)}", fix="reshape or crop the array")
+        raise DataError(
+            f"input '{formal.name}' is declared with shape {wanted} and was given {list(shape)}", fix="reshape or crop the array"
+        )

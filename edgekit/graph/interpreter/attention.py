@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
+from edgekit.graph.interpreter.normalization import softmax_in_steps
 from edgekit.graph.interpreter.registry import Call, operator
-from edgekit.graph.interpreter.values import NATIVE, DataType, NotSupported
+from edgekit.graph.interpreter.values import NATIVE, DataType, NotSupportedError
 
 
 def _split_heads(x: Tensor, heads: int | None) -> Tensor:
@@ -69,7 +70,7 @@ def attention(
     bounded = left_window_size >= 0 or right_window_size >= 0
     half = query.dtype in (torch.float16, torch.bfloat16)
     if mask is None and lengths is None and not (past or softcap or bounded or call.wants(3) or half or softmax_precision):
-        result = F.scaled_dot_product_attention(query, key, value, is_causal=bool(is_causal), scale=scale)
+        result = functional.scaled_dot_product_attention(query, key, value, is_causal=bool(is_causal), scale=scale)
     else:
         offset = torch.full((1,), past) if lengths is None else lengths - query.shape[2]
         allowed = _allowed(query.shape[2], key.shape[2], offset, lengths, is_causal, left_window_size, right_window_size)
@@ -105,7 +106,7 @@ def _bias(mask: Tensor | None, allowed: Tensor | None, dtype: torch.dtype, keys:
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else mask
         if bias.shape[-1] < keys:
-            bias = F.pad(bias, [0, keys - bias.shape[-1]], value=-torch.inf)
+            bias = functional.pad(bias, [0, keys - bias.shape[-1]], value=-torch.inf)
     if allowed is not None:
         hidden = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, -torch.inf)
         bias = hidden if bias is None else bias + hidden
@@ -123,8 +124,9 @@ def _explicit(
     mode: int,
 ) -> tuple[Tensor, Tensor]:
     """Attention written out; gives the result and the scores at stage `mode`."""
-    root = math.sqrt(scale) if scale > 0 else 1.0
-    stages = [(query * root) @ (key * root).transpose(-1, -2) if scale > 0 else (query * scale) @ key.transpose(-1, -2)]
+    # On both sides, so that 16-bit products do not overflow; the factor has the type of the query, as in the function body.
+    root = torch.tensor(math.sqrt(abs(scale)), dtype=query.dtype)
+    stages = [(query * (root if scale > 0 else -root)) @ (key * root).transpose(-1, -2)]
     stages.append(softcap * torch.tanh(stages[0] / softcap) if softcap else stages[0])
     masked: Tensor | None = None
     if bias is not None:
@@ -135,7 +137,7 @@ def _explicit(
     else:
         stages.append(stages[1])
     logits = stages[2] if masked is None else stages[2].masked_fill(masked, 0.0)
-    probabilities = torch.softmax(logits if precision is None else logits.to(precision), -1).to(value.dtype)
+    probabilities = softmax_in_steps(logits if precision is None else logits.to(precision), -1).to(value.dtype)
     if masked is not None:
         probabilities = probabilities.masked_fill(masked, 0.0)
     stages.append(probabilities)
@@ -186,7 +188,7 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of linear attention, token by token, on `[B, T, H D]`; gives the output and the last state `[B, Hkv, Dk, Dv]`."""
     if update_rule not in ("linear", "gated", "delta", "gated_delta"):
-        raise NotSupported(f"update_rule '{update_rule}'")
+        raise NotSupportedError(f"update_rule '{update_rule}'")
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)
     queries = _split_heads(query.to(wide), q_num_heads)
@@ -247,7 +249,7 @@ def causal_convolution(
     reach = weight.shape[-1] - 1
     past = torch.zeros(*x.shape[:2], reach, dtype=x.dtype) if past_state is None else past_state
     extended = torch.cat([past, x], -1)
-    result = F.conv1d(extended, weight, bias, groups=x.shape[1])
+    result = functional.conv1d(extended, weight, bias, groups=x.shape[1])
     if activation not in ("none", "silu", "swish"):
-        raise NotSupported(f"activation '{activation}'")
-    return (result if activation == "none" else F.silu(result)), extended[..., extended.shape[-1] - reach :]
+        raise NotSupportedError(f"activation '{activation}'")
+    return (result if activation == "none" else functional.silu(result)), extended[..., extended.shape[-1] - reach :]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgekit.graph.interpreter.plan import Step
 from edgekit.graph.interpreter.straight_through import gate
-from edgekit.graph.interpreter.values import CARRIERS, Carried, DataType, NotSupported, Value, unwrap, wrap
+from edgekit.graph.interpreter.values import CARRIERS, Carried, DataType, NotSupportedError, Value, integral, unwrap, with_gradient, wrap
 
 _BITS_SUFFICE = frozenset(
     {
@@ -29,21 +29,25 @@ _BITS_SUFFICE = frozenset(
 _MOVES = frozenset({"Concat", "Expand", "Flatten", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"})
 """Operators that move selected indices: their gates move alike."""
 _OFFSETS = frozenset({"Add", "Sub"})
+_KEEP_GRADIENT = _MOVES | {"DepthToSpace", "Gather", "GatherElements", "GatherND", "SpaceToDepth", "Split"}
+"""Operators that pass integers carried as floats on, gradient and all; others get real integers."""
 
 
 def compute_carried(step: Step, arguments: Sequence[Value]) -> tuple[Value, ...]:
     """Computes a step of which at least one argument is `Carried`.
 
     Raises:
-        NotSupported: Strings; uint64 values of 2^63 and more where their order or size matters.
+        NotSupportedError: Strings; uint64 values of 2^63 and more where their order or size matters.
     """
     name = step.node.op_type
     for argument in arguments:
         if type(argument) is Carried:
             if argument.dtype is DataType.STRING:
-                raise NotSupported("tensors of type STRING")
+                raise NotSupportedError("tensors of type STRING")
             if argument.dtype is DataType.UINT64 and name not in _BITS_SUFFICE and bool((argument.tensor < 0).any()):
-                raise NotSupported("uint64 values of 2^63 and more")
+                raise NotSupportedError("uint64 values of 2^63 and more")
+    if name not in _KEEP_GRADIENT:
+        arguments = [integral(argument) for argument in arguments]
     tensors = [unwrap(argument) for argument in arguments]
     result = step.function(*tensors, **step.attributes)
     results = result if type(result) is tuple else (result,)
@@ -55,9 +59,11 @@ def compute_carried(step: Step, arguments: Sequence[Value]) -> tuple[Value, ...]
 
 
 def _wrap(result: Any, source: Value) -> Value:
-    if type(source) is Carried and source.dtype in CARRIERS and isinstance(result, Tensor):
-        return Carried(wrap(result, source.dtype), source.dtype)
-    return result
+    if type(source) is not Carried or not isinstance(result, Tensor):
+        return result
+    if with_gradient(source):
+        return Carried(result, source.dtype)
+    return Carried(wrap(result, source.dtype), source.dtype) if source.dtype in CARRIERS else result
 
 
 @functools.lru_cache(maxsize=4096)

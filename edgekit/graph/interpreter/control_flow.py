@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edgekit.graph.interpreter.registry import Call, operator
-from edgekit.graph.interpreter.values import Carried, NotSupported, Value, unwrap
+from edgekit.graph.interpreter.values import Carried, NotSupportedError, Value, unwrap
 
 Body = Callable[..., list[Value]]
 
@@ -39,7 +39,7 @@ def loop(trip_count: Tensor | None, condition: Tensor | None, /, *carried: Value
 
 def _require_iterations(collected: Sequence[object], outputs: int) -> None:
     if outputs and not collected:
-        raise NotSupported("no iteration, so that what each one gives has no known shape")
+        raise NotSupportedError("no iteration, so that what each one gives has no known shape")
 
 
 @operator("Scan", since=9, raw=True)

@@ -14,7 +14,7 @@ from edgekit.graph.interpreter.values import (
     CARRIERS,
     Carried,
     DataType,
-    NotSupported,
+    NotSupportedError,
     Precision,
     Value,
     from_array,
@@ -38,7 +38,7 @@ _UINT64 = 1 << 64
 def convert(value: Value, dtype: DataType, precision: Precision, saturate: bool = True, round_mode: str = "up") -> Value:
     """The value in another type, by the rules of the Cast operator."""
     if onnx_type(value) is DataType.STRING or dtype is DataType.STRING:
-        raise NotSupported("casts from and to strings")
+        raise NotSupportedError("casts from and to strings")
     held = precision.held(dtype)
     tensor: Tensor = unwrap(value)
     if onnx_type(value) is DataType.UINT64 and dtype is not DataType.UINT64 and (held.is_floating_point or dtype is DataType.BOOL):
@@ -50,7 +50,7 @@ def convert(value: Value, dtype: DataType, precision: Precision, saturate: bool 
     if dtype in CARRIERS:
         if tensor.is_floating_point():
             if dtype is DataType.UINT64 and bool((tensor >= 2.0**63).any()):
-                raise NotSupported("casts of floats of 2^63 and more to UINT64")
+                raise NotSupportedError("casts of floats of 2^63 and more to UINT64")
             tensor = tensor.to(torch.int64)
         return Carried(wrap(tensor.to(torch.int64), dtype).to(held), dtype)
     if tensor.is_floating_point() and not held.is_floating_point and dtype is not DataType.BOOL:
@@ -79,9 +79,9 @@ def bit_cast(value: Value, /, *, to: int, call: Call) -> Value:
     target = DataType(to)
     source = onnx_type(value)
     if call.precision.name != "float32" and (source.is_floating_point() or target.is_floating_point()):
-        raise NotSupported(f"the bits of floats under precision {call.precision.name}")
+        raise NotSupportedError(f"the bits of floats under precision {call.precision.name}")
     if source.bitwidth != target.bitwidth or source.bitwidth < 8:
-        raise NotSupported(f"bits of {source.name} taken as {target.name}")
+        raise NotSupportedError(f"bits of {source.name} taken as {target.name}")
     return from_array(np.array(to_array(value), order="C").view(target.numpy()), call.precision)
 
 
@@ -101,7 +101,7 @@ def constant(
     if value_float is not None or value_floats is not None:
         return torch.tensor(value_float if value_floats is None else list(value_floats), dtype=call.precision.held(DataType.FLOAT))
     if value_int is None and value_ints is None:
-        raise NotSupported("a constant without a value")
+        raise NotSupportedError("a constant without a value")
     return torch.tensor(value_int if value_ints is None else list(value_ints), dtype=torch.int64)
 
 
@@ -131,8 +131,10 @@ def arange(start: Tensor, limit: Tensor, delta: Tensor, /, *, stash_type: int = 
     if dtype.is_floating_point:
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         count = max(int(torch.ceil((torch.tensor(last, dtype=wide) - first) / step).item()), 0)
-        return (first + torch.arange(count, dtype=wide) * step).to(dtype)
-    return torch.arange(max(-((first - last) // step), 0), dtype=dtype) * step + first
+        numbers: Tensor = first + torch.arange(count, dtype=wide) * step
+        return numbers.to(dtype)
+    result: Tensor = torch.arange(max(-((first - last) // step), 0), dtype=dtype) * step + first
+    return result
 
 
 def typed(tensor: Tensor, dtype: int, precision: Precision) -> Any:

@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from edgekit.graph.interpreter.registry import operator
 from edgekit.graph.interpreter.sampling import linear_samples
-from edgekit.graph.interpreter.values import NotSupported, integers
+from edgekit.graph.interpreter.values import NotSupportedError, integers
 
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: functional.conv_transpose1d,
+    2: functional.conv_transpose2d,
+    3: functional.conv_transpose3d,
+}
 
 
 def same_pads(total: Sequence[int], auto_pad: str) -> tuple[list[int], list[int]]:
@@ -60,16 +64,18 @@ def conv(
     """Convolution, `[B, C, …]` with kernels `[M, C / group, …]`."""
     rank = x.dim() - 2
     if rank not in _CONVOLUTIONS:
-        raise NotSupported(f"{rank} spatial axes")
+        raise NotSupportedError(f"{rank} spatial axes")
     steps, gaps = list(strides or [1] * rank), list(dilations or [1] * rank)
     before, after = resolve_pads(auto_pad, pads, x.shape[2:], weight.shape[2:], steps, gaps)
     if before != after:
-        x, before = F.pad(x, flat_pads(before, after)), [0] * rank
+        x, before = functional.pad(x, flat_pads(before, after)), [0] * rank
     return _CONVOLUTIONS[rank](x, weight, bias, steps, before, gaps, group)
 
 
 @operator("ConvInteger", like=conv)
-def conv_integer(x: Tensor, weight: Tensor, x_zero: Tensor | None = None, weight_zero: Tensor | None = None, /, **attributes: Any) -> Tensor:
+def conv_integer(
+    x: Tensor, weight: Tensor, x_zero: Tensor | None = None, weight_zero: Tensor | None = None, /, **attributes: Any
+) -> Tensor:
     """Convolution of 8-bit integers, exact, in int32."""
     # Sums of 8-bit products are exact in float64 up to 2^53, beyond what int32 holds.
     wide = x.double() - (0 if x_zero is None else x_zero.double())
@@ -98,7 +104,7 @@ def conv_transpose(
     """Transposed convolution, `[B, C, …]` with kernels `[C, M / group, …]`."""
     rank = x.dim() - 2
     if rank not in _TRANSPOSED:
-        raise NotSupported(f"{rank} spatial axes")
+        raise NotSupportedError(f"{rank} spatial axes")
     steps, gaps = list(strides or [1] * rank), list(dilations or [1] * rank)
     extra = list(output_padding or [0] * rank)
     whole = _TRANSPOSED[rank](x, weight, None, steps, 0, 0, group, gaps)
@@ -111,7 +117,7 @@ def conv_transpose(
     else:
         before, after = resolve_pads("VALID" if auto_pad == "VALID" else "NOTSET", pads, x.shape[2:], weight.shape[2:], steps, gaps)
     grown = [more - last for more, last in zip(extra, after, strict=True)]
-    result = F.pad(whole, flat_pads([-first for first in before], grown))
+    result = functional.pad(whole, flat_pads([-first for first in before], grown))
     return result if bias is None else result + bias.reshape(-1, *([1] * rank))
 
 
@@ -181,7 +187,8 @@ def deform_conv(
     columns = []
     for index, tap in enumerate(taps):
         places = [
-            grid[axis] * steps[axis] - before[axis] + tap[axis] * gaps[axis] + moved[:, :, index, axis].flatten(0, 1) for axis in range(rank)
+            grid[axis] * steps[axis] - before[axis] + tap[axis] * gaps[axis] + moved[:, :, index, axis].flatten(0, 1)
+            for axis in range(rank)
         ]
         sampled = linear_samples(groups, places)  # [B G, C / G, *out]
         if weights is not None:

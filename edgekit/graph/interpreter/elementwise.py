@@ -6,11 +6,11 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from edgekit.graph.interpreter import straight_through
 from edgekit.graph.interpreter.registry import operator
-from edgekit.graph.interpreter.values import NotSupported, scalar
+from edgekit.graph.interpreter.values import NotSupportedError, scalar
 
 # Inputs only, and the meaning of torch's function of the same name.
 operator("Abs")(torch.abs)
@@ -42,24 +42,24 @@ operator("Tanh")(torch.tanh)
 operator("IsNaN")(torch.isnan)
 operator("BitwiseNot")(torch.bitwise_not)
 
-operator("Add")(torch.add)
-operator("Sub")(torch.sub)
-operator("Mul")(torch.mul)
-operator("And")(torch.logical_and)
-operator("Or")(torch.logical_or)
-operator("Xor")(torch.logical_xor)
+operator("Add", since=7)(torch.add)
+operator("Sub", since=7)(torch.sub)
+operator("Mul", since=7)(torch.mul)
+operator("And", since=7)(torch.logical_and)
+operator("Or", since=7)(torch.logical_or)
+operator("Xor", since=7)(torch.logical_xor)
 operator("BitwiseAnd")(torch.bitwise_and)
 operator("BitwiseOr")(torch.bitwise_or)
 operator("BitwiseXor")(torch.bitwise_xor)
-operator("Equal")(torch.eq)
-operator("Greater")(torch.gt)
+operator("Equal", since=7)(torch.eq)
+operator("Greater", since=7)(torch.gt)
 operator("GreaterOrEqual")(torch.ge)
-operator("Less")(torch.lt)
+operator("Less", since=7)(torch.lt)
 operator("LessOrEqual")(torch.le)
 operator("Where")(torch.where)
 
 
-@operator("Div")
+@operator("Div", since=7)
 def div(a: Tensor, b: Tensor, /) -> Tensor:
     """Quotient; of integers truncated towards zero."""
     return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
@@ -76,7 +76,7 @@ def mod(a: Tensor, b: Tensor, /, *, fmod: int = 0) -> Tensor:
     return torch.where(remainder == 0, torch.copysign(torch.zeros_like(remainder), b), remainder)
 
 
-@operator("Pow")
+@operator("Pow", since=7)
 def power(x: Tensor, y: Tensor, /) -> Tensor:
     """x^y in the type of x."""
     if y.is_floating_point() and not x.is_floating_point():
@@ -120,12 +120,12 @@ def mean(*inputs: Tensor) -> Tensor:
 
 
 @operator("Clip")
-def clip(x: Tensor, min: Tensor | float | None = None, max: Tensor | float | None = None) -> Tensor:  # noqa: A002 (ONNX's names)
+def clip(x: Tensor, min: Tensor | float | None = None, max: Tensor | float | None = None) -> Tensor:
     """Limits to [min, max]: attributes up to opset 10, inputs after."""
     if isinstance(min, Tensor) != isinstance(max, Tensor):  # torch takes two tensors or two numbers
         bounded = x if min is None else torch.clamp(x, min=min)
         return bounded if max is None else torch.clamp(bounded, max=max)
-    return x if min is None and max is None else torch.clamp(x, min, max)
+    return x if min is None and max is None else torch.clamp(x, min, max)  # type: ignore[arg-type]
 
 
 @operator("IsInf")
@@ -137,7 +137,7 @@ def is_inf(x: Tensor, /, *, detect_negative: int = 1, detect_positive: int = 1) 
 @operator("LeakyRelu")
 def leaky_relu(x: Tensor, /, *, alpha: float = 0.01) -> Tensor:
     """x, times alpha where negative."""
-    return F.leaky_relu(x, alpha)
+    return functional.leaky_relu(x, alpha)
 
 
 @operator("PRelu", since=7)
@@ -155,31 +155,31 @@ def thresholded_relu(x: Tensor, /, *, alpha: float = 1.0) -> Tensor:
 @operator("Elu")
 def elu(x: Tensor, /, *, alpha: float = 1.0) -> Tensor:
     """alpha (e^x - 1) where negative."""
-    return F.elu(x, alpha)
+    return functional.elu(x, alpha)
 
 
 @operator("Selu")
 def selu(x: Tensor, /, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875) -> Tensor:
     """gamma times the ELU of x."""
-    return gamma * F.elu(x, alpha)
+    return gamma * functional.elu(x, alpha)
 
 
 @operator("Celu")
 def celu(x: Tensor, /, *, alpha: float = 1.0) -> Tensor:
     """max(0, x) + min(0, alpha (e^(x / alpha) - 1))."""
-    return F.celu(x, alpha)
+    return functional.celu(x, alpha)
 
 
 @operator("Gelu")
 def gelu(x: Tensor, /, *, approximate: str = "none") -> Tensor:
     """x times the normal distribution function of x, exact or by tanh."""
-    return F.gelu(x, approximate=approximate)
+    return functional.gelu(x, approximate=approximate)
 
 
 @operator("Swish")
 def swish(x: Tensor, /, *, alpha: float = 1.0) -> Tensor:
     """x sigmoid(alpha x)."""
-    return F.silu(x) if alpha == 1.0 else x * torch.sigmoid(alpha * x)
+    return functional.silu(x) if alpha == 1.0 else x * torch.sigmoid(alpha * x)
 
 
 @operator("SwiGLU")
@@ -191,25 +191,25 @@ def swiglu(gate: Tensor, value: Tensor, /, *, alpha: float = 1.0) -> Tensor:
 @operator("Mish")
 def mish(x: Tensor, /) -> Tensor:
     """x tanh(softplus(x))."""
-    return F.mish(x)
+    return functional.mish(x)
 
 
 @operator("Softplus")
 def softplus(x: Tensor, /) -> Tensor:
     """log(1 + e^x); beyond 40 that is x in every type."""
-    return F.softplus(x, threshold=40.0)
+    return functional.softplus(x, threshold=40.0)
 
 
 @operator("Softsign")
 def softsign(x: Tensor, /) -> Tensor:
     """x / (1 + |x|)."""
-    return F.softsign(x)
+    return functional.softsign(x)
 
 
 @operator("HardSwish")
 def hard_swish(x: Tensor, /) -> Tensor:
     """x max(0, min(1, x / 6 + 0.5))."""
-    return F.hardswish(x)
+    return functional.hardswish(x)
 
 
 @operator("HardSigmoid")
@@ -236,5 +236,5 @@ def dropout(
 ) -> tuple[Tensor, Tensor]:
     """The identity, unless it trains: then it is random, which is refused (a ratio of zero drops nothing)."""
     if scalar(training_mode, False) and scalar(ratio, 0.5) != 0:
-        raise NotSupported("dropping at random in training mode")
+        raise NotSupportedError("dropping at random in training mode")
     return data, torch.ones_like(data, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Runs plans: looks up inputs, calls functions, rounds, calls hooks, frees what was used for the last time, and names the node in errors."""
+"""Runs plans: looks up inputs, calls functions, rounds, calls hooks, frees what is no longer used, and names the node in errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgekit.errors import EdgekitError, SourceError, UnsupportedOpError
 from edgekit.graph.interpreter.carried import compute_carried
 from edgekit.graph.interpreter.plan import Plan, Step, place
 from edgekit.graph.interpreter.straight_through import round_to_float16
-from edgekit.graph.interpreter.values import Carried, NotSupported, Precision, Value, onnx_type
+from edgekit.graph.interpreter.values import ONNX_TYPE, Carried, NotSupportedError, Precision, Value, onnx_type
 
 Hook = Callable[[str, Tensor], Tensor | None]
 """Called with the name of a value and its tensor; what it returns, if anything, replaces the tensor."""
@@ -38,9 +38,15 @@ class Engine:
             arguments: One value per formal input.
             outer: Values of the enclosing graph, of which it takes what it captures.
         """
-        values: dict[ir.Value, Value] = {value: outer[value] for value in plan.captures}
-        for formal, constant in plan.constants.items():
-            values[formal] = self._finish(formal.name or "", constant)
+        values: dict[ir.Value, Value] = dict(plan.constants)
+        for captured in plan.captures:
+            values[captured] = outer[captured]
+        if self._rounds:  # other constants are rounded already
+            for parameter in plan.parameters:
+                values[parameter] = round_to_float16(values[parameter])
+        if self._hook is not None:
+            for constant, name in plan.constant_names.items():
+                values[constant] = self._show(name, values[constant])
         for formal, name, argument in zip(plan.inputs, plan.names, arguments, strict=True):
             values[formal] = self._finish(name, argument)
         for step in plan.steps:
@@ -60,11 +66,12 @@ class Engine:
             attributes = {**attributes, **bodies}
         try:
             if not step.raw and any(type(argument) is Carried for argument in arguments):
-                return compute_carried(step, arguments)
-            result = step.function(*arguments, **attributes)
+                result = compute_carried(step, arguments)
+            else:
+                result = step.function(*arguments, **attributes)
         except EdgekitError:
             raise
-        except (NotSupported, NotImplementedError) as error:
+        except (NotSupportedError, NotImplementedError) as error:
             raise _refusal(step, str(error)) from error
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, ArithmeticError, AssertionError) as error:
             if "not implemented for" in str(error):
@@ -74,7 +81,10 @@ class Engine:
                 where=place(step.node),
                 fix="check the shapes and types of the inputs against the operator's specification",
             ) from error
-        return result if type(result) is tuple else (result,)
+        results = result if type(result) is tuple else (result,)
+        if len(results) < step.wanted:
+            raise _refusal(step, f"output {step.wanted - 1}")
+        return results
 
     def _body(self, plan: Plan, outer: Mapping[ir.Value, Value], *arguments: Value) -> list[Value]:
         return self.run(plan, arguments, outer)
@@ -83,8 +93,10 @@ class Engine:
         """Rounds a new value and shows it to the hook."""
         if self._rounds and isinstance(value, Tensor) and value.is_floating_point():
             value = round_to_float16(value)
-        if self._hook is None or not name:
-            return value
+        return value if self._hook is None or not name else self._show(name, value)
+
+    def _show(self, name: str, value: Value) -> Value:
+        assert self._hook is not None
         if type(value) is Carried:
             if isinstance(value.tensor, Tensor):
                 replacement = self._hook(name, value.tensor)
@@ -102,10 +114,14 @@ def _refusal(step: Step, reason: str) -> UnsupportedOpError:
 
 
 def _shapes(arguments: Sequence[Value]) -> str:
+    def name(value: Value) -> str:
+        known = type(value) is Carried or value.dtype in ONNX_TYPE  # a hook may have put in another type
+        return onnx_type(value).name.lower() if known else str(value.dtype)
+
     def one(value: Value) -> str:
         if value is None or isinstance(value, list):
             return "none" if value is None else f"sequence of {len(value)}"
         tensor = value.tensor if type(value) is Carried else value
-        return f"{onnx_type(value).name.lower()}{list(tensor.shape)}"
+        return f"{name(value)}{list(tensor.shape)}"
 
     return ", ".join(one(value) for value in arguments) or "none"

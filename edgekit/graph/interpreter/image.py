@@ -6,17 +6,17 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from edgekit.graph.interpreter.registry import operator
 from edgekit.graph.interpreter.sampling import linear_samples
-from edgekit.graph.interpreter.values import NotSupported, scalar
+from edgekit.graph.interpreter.values import NotSupportedError, scalar
 
 
 @operator("AffineGrid")
 def affine_grid(theta: Tensor, size: Tensor, /, *, align_corners: int = 0) -> Tensor:
     """Positions of an output image in the input image, `[B, …, 2 or 3]` (Jaderberg et al. 2015, equation 1)."""
-    return F.affine_grid(theta, size.tolist(), align_corners=bool(align_corners))
+    return functional.affine_grid(theta, size.tolist(), align_corners=bool(align_corners))
 
 
 @operator("GridSample")
@@ -24,10 +24,10 @@ def grid_sample(x: Tensor, grid: Tensor, /, *, align_corners: int = 0, mode: str
     """Reads `[B, C, …]` at normalized positions; opset 16 calls the modes bilinear and bicubic."""
     names = {"linear": "bilinear", "bilinear": "bilinear", "cubic": "bicubic", "bicubic": "bicubic", "nearest": "nearest"}
     if mode not in names:
-        raise NotSupported(f"mode '{mode}'")
+        raise NotSupportedError(f"mode '{mode}'")
     if x.dim() not in (4, 5) or (x.dim() == 5 and names[mode] == "bicubic"):
-        raise NotSupported(f"mode '{mode}' on {x.dim() - 2} spatial axes")
-    return F.grid_sample(x, grid.to(x.dtype), names[mode], padding_mode, bool(align_corners))
+        raise NotSupportedError(f"mode '{mode}' on {x.dim() - 2} spatial axes")
+    return functional.grid_sample(x, grid.to(x.dtype), names[mode], padding_mode, bool(align_corners))
 
 
 @operator("RoiAlign", since=10)
@@ -66,23 +66,21 @@ def roi_align(
     return _roi_align(x, rois, batch, mode, (output_height, output_width), sampling_ratio, spatial_scale, shifted)
 
 
-def _roi_align(
-    x: Tensor, rois: Tensor, batch: Tensor, mode: str, bins: tuple[int, int], ratio: int, scale: float, shifted: bool
-) -> Tensor:
+def _roi_align(x: Tensor, rois: Tensor, batch: Tensor, mode: str, bins: tuple[int, int], ratio: int, scale: float, shifted: bool) -> Tensor:
     if mode not in ("avg", "max"):
-        raise NotSupported(f"mode '{mode}'")
+        raise NotSupportedError(f"mode '{mode}'")
     if mode == "max":
-        raise NotSupported("mode 'max', whose samples the specification leaves open")
+        raise NotSupportedError("mode 'max', whose samples the specification leaves open")
     pooled = []
     for roi, index in zip(rois, batch.tolist(), strict=True):
         left, top, right, bottom = (roi * scale - (0.5 if shifted else 0.0)).unbind()
         extents = [bottom - top, right - left]
         if not shifted:
             extents = [extent.clamp(min=1.0) for extent in extents]
-        grids = []
+        grids: list[tuple[Tensor, int, int]] = []
         for start, extent, count in zip((top, left), extents, bins, strict=True):
             samples = ratio if ratio > 0 else max(math.ceil(float(extent) / count), 1)
-            steps = (torch.arange(count * samples) + 0.5) / samples
+            steps = (torch.arange(count * samples, dtype=x.dtype) + 0.5) / samples
             grids.append((start + steps * (extent / count), samples, x.shape[2 + len(grids)]))
         (ys, rows, height), (xs, columns, width) = grids
         # As in Mask R-CNN: up to one pixel outside the border counts as the border, beyond that as zero.

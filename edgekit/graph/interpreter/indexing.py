@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edgekit.graph.interpreter.registry import operator
-from edgekit.graph.interpreter.values import Carried, DataType, NotSupported, scalar
+from edgekit.graph.interpreter.values import Carried, DataType, NotSupportedError, scalar
 
 
 def _wrapped(indices: Tensor, size: int) -> Tensor:
@@ -81,12 +81,14 @@ def scatter_nd(data: Tensor, indices: Tensor, updates: Tensor, /, *, reduction: 
 def _reduction(name: str) -> str:
     names = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
     if name not in names:
-        raise NotSupported(f"reduction '{name}'")
+        raise NotSupportedError(f"reduction '{name}'")
     return names[name]
 
 
 @operator("TensorScatter")
-def tensor_scatter(cache: Tensor, update: Tensor, write_indices: Tensor | None = None, /, *, axis: int = -2, mode: str = "linear") -> Tensor:
+def tensor_scatter(
+    cache: Tensor, update: Tensor, write_indices: Tensor | None = None, /, *, axis: int = -2, mode: str = "linear"
+) -> Tensor:
     """A copy of the cache with each sample's update written from its index on; `circular` wraps around."""
     axis %= cache.dim()
     length = update.shape[axis]
@@ -140,7 +142,7 @@ def top_k_by_attribute(x: Tensor, /, *, k: int, axis: int = -1) -> tuple[Tensor,
 
 
 @operator("TopK", since=10)
-def top_k(x: Tensor, k: Tensor, /, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Tensor, Any]:  # noqa: A002
+def top_k(x: Tensor, k: Tensor, /, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Tensor, Any]:
     """The largest or smallest elements and their indices, of equals the first; sorted even where that is not asked for."""
     return _top_k(x, int(scalar(k)), axis, bool(largest))
 
@@ -156,7 +158,7 @@ def _top_k(x: Tensor, k: int, axis: int, largest: bool) -> tuple[Tensor, Any]:
 
 
 @operator("Unique")
-def unique(x: Tensor, /, *, axis: int | None = None, sorted: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: A002
+def unique(x: Tensor, /, *, axis: int | None = None, sorted: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The different elements or slices, the first place of each, the number of each element, and counts."""
     if axis is None:
         x, axis = x.flatten(), 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from edgekit.graph.interpreter.registry import operator
-from edgekit.graph.interpreter.values import NotSupported
+from edgekit.graph.interpreter.values import NotSupportedError
 
 
 @operator("NegativeLogLikelihoodLoss")
@@ -26,7 +26,7 @@ def negative_log_likelihood(
         return losses.sum()
     if reduction == "mean":
         return losses.sum() / weights.sum()
-    raise NotSupported(f"reduction '{reduction}'")
+    raise NotSupportedError(f"reduction '{reduction}'")
 
 
 @operator("SoftmaxCrossEntropyLoss")

@@ -10,7 +10,7 @@ from edgekit.graph.interpreter.registry import operator
 operator("MatMul")(torch.matmul)
 
 
-@operator("Gemm")
+@operator("Gemm", since=7)
 def gemm(
     a: Tensor, b: Tensor, c: Tensor | None = None, /, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0
 ) -> Tensor:
@@ -34,4 +34,5 @@ def einsum(*inputs: Tensor, equation: str) -> Tensor:
 @operator("Det")
 def det(x: Tensor, /) -> Tensor:
     """Determinant of the last two axes, `[*, M, M]` to `[*]`."""
-    return torch.linalg.det(x)
+    determinant: Tensor = torch.linalg.det(x)
+    return determinant

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from edgekit.graph.interpreter.registry import Call, operator
-from edgekit.graph.interpreter.values import NATIVE, DataType
+from edgekit.graph.interpreter.values import NATIVE, DataType, NotSupportedError
 
 
 def _stash(x: Tensor, stash_type: int = 1) -> Tensor:
@@ -27,7 +27,7 @@ def layer_normalization(
     wide = _stash(x, stash_type)
     plain = not call.wants(1) and not call.wants(2)
     if plain and wide is x and scale.shape == shape and (bias is None or bias.shape == shape):
-        return F.layer_norm(x, shape, scale, bias, epsilon)
+        return functional.layer_norm(x, shape, scale, bias, epsilon)
     axes = tuple(range(axis, x.dim()))
     variance, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
     inverse = torch.rsqrt(variance + epsilon)
@@ -65,7 +65,7 @@ def batch_normalization_before_training_mode(
 ) -> Tensor:
     """As up to opset 13: one output means inference."""
     if call.wants(1) or not spatial:
-        raise NotImplementedError("training, and statistics per position, of opsets before 14")
+        raise NotSupportedError("training, and statistics per position, of opsets before 14")
     return _normalize(x, scale, bias, mean, variance, epsilon)
 
 
@@ -96,8 +96,9 @@ def batch_normalization(
 
 
 def _normalize(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, epsilon: float) -> Tensor:
-    if x.dtype == scale.dtype == mean.dtype and x.dim() > 1:
-        return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=epsilon)
+    learned = mean.requires_grad or variance.requires_grad  # which torch's function does not differentiate
+    if x.dtype == scale.dtype == mean.dtype and x.dim() > 1 and not learned:
+        return functional.batch_norm(x, mean, variance, scale, bias, training=False, eps=epsilon)
     wide = _stash(x)
     factor = scale.to(wide.dtype) * torch.rsqrt(variance.to(wide.dtype) + epsilon)
     centered = wide - _per_channel(mean.to(wide.dtype), x)
@@ -114,9 +115,7 @@ def instance_normalization(x: Tensor, scale: Tensor, bias: Tensor, /, *, epsilon
 def group_normalization_per_group(x: Tensor, scale: Tensor, bias: Tensor, /, *, num_groups: int, epsilon: float = 1e-5) -> Tensor:
     """As up to opset 20: scale and bias are per group."""
     repeats = x.shape[1] // num_groups
-    return group_normalization(
-        x, scale.repeat_interleave(repeats), bias.repeat_interleave(repeats), num_groups=num_groups, epsilon=epsilon
-    )
+    return group_normalization(x, scale.repeat_interleave(repeats), bias.repeat_interleave(repeats), num_groups=num_groups, epsilon=epsilon)
 
 
 @operator("GroupNormalization", since=21)
@@ -128,7 +127,7 @@ def group_normalization(
 
 
 def _group_norm(x: Tensor, groups: int, epsilon: float, stash_type: int) -> Tensor:
-    return F.group_norm(_stash(x, stash_type), groups, eps=epsilon).to(x.dtype)
+    return functional.group_norm(_stash(x, stash_type), groups, eps=epsilon).to(x.dtype)
 
 
 @operator("LpNormalization")
@@ -149,14 +148,14 @@ def mean_variance_normalization(x: Tensor, /, *, axes: Sequence[int] = (0, 2, 3)
 def local_response_normalization(x: Tensor, /, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0) -> Tensor:
     """Divides by a power of the sum of squares over neighbouring channels (AlexNet)."""
     before = (size - 1) // 2
-    squares = F.pad(x.square(), [*([0, 0] * (x.dim() - 2)), before, size - 1 - before])
+    squares = functional.pad(x.square(), [*([0, 0] * (x.dim() - 2)), before, size - 1 - before])
     total = squares.unfold(1, size, 1).sum(-1)
     return x / (bias + alpha / size * total) ** beta
 
 
 def _on_matrix(function: object, x: Tensor, axis: int) -> Tensor:
     """Up to opset 12 the axes from `axis` on are one."""
-    axis %= x.dim() + 1
+    axis = axis + x.dim() if axis < 0 else axis
     rows = 1
     for size in x.shape[:axis]:
         rows *= size
@@ -167,13 +166,27 @@ def _on_matrix(function: object, x: Tensor, axis: int) -> Tensor:
 @operator("Softmax")
 def softmax_of_matrix(x: Tensor, /, *, axis: int = 1) -> Tensor:
     """As up to opset 12."""
-    return _on_matrix(torch.softmax, x, axis)
+    return _on_matrix(softmax_in_steps, x, axis)
 
 
 @operator("Softmax", since=13)
 def softmax(x: Tensor, /, *, axis: int = -1) -> Tensor:
     """Softmax along an axis."""
-    return torch.softmax(x, axis)
+    return softmax_in_steps(x, axis)
+
+
+def softmax_in_steps(x: Tensor, axis: int) -> Tensor:
+    """Softmax; of float16 each step of the operator's function body is rounded to that type, as there.
+
+    Raises:
+        NotSupportedError: bfloat16, whose eight bits make the sum depend on its order, which is not specified.
+    """
+    if x.dtype is torch.bfloat16:
+        raise NotSupportedError("softmax of bfloat16, whose sum depends on an order that is not specified; dtype='float64' runs it")
+    if x.dtype is not torch.float16:
+        return torch.softmax(x, axis)
+    powers = torch.exp(x - x.amax(axis, keepdim=True))
+    return powers / powers.sum(axis, keepdim=True)
 
 
 @operator("LogSoftmax")

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
+from torch import Tensor
 
 from edgekit.errors import SourceError, UnsupportedOpError
 from edgekit.graph.interpreter import registry
 from edgekit.graph.interpreter.registry import Call, Function
-from edgekit.graph.interpreter.values import NotSupported, Precision, Value, from_array
+from edgekit.graph.interpreter.straight_through import round_to_float16
+from edgekit.graph.interpreter.values import NotSupportedError, Precision, Value, from_array
 
 _FIX = "run this model in ONNX Runtime, or rewrite the node by operators of the table in docs/interpreter.md"
 
@@ -46,6 +48,11 @@ class Step:
     version: int
     release: tuple[ir.Value, ...] = ()
 
+    @property
+    def wanted(self) -> int:
+        """How many outputs the function must give at least: up to the last that has a name."""
+        return max((index + 1 for index, value in enumerate(self.outputs) if value is not None), default=0)
+
     def describe(self) -> str:
         """The operator as errors name it."""
         return describe(self.node, self.version)
@@ -60,7 +67,9 @@ class Plan:
         outputs: What it gives.
         names: Per input the name under which hooks know it.
         steps: The nodes in order.
-        constants: Initializers.
+        constants: Initializers, and the results of Constant nodes.
+        constant_names: Per constant the name under which hooks know it.
+        parameters: Those of the constants that are parameters.
         captures: Values of the enclosing graphs that it, or a graph inside, uses.
     """
 
@@ -69,11 +78,13 @@ class Plan:
     names: tuple[str, ...]
     steps: list[Step] = field(default_factory=list)
     constants: dict[ir.Value, Value] = field(default_factory=dict)
+    constant_names: dict[ir.Value, str] = field(default_factory=dict)
+    parameters: tuple[ir.Value, ...] = ()
     captures: tuple[ir.Value, ...] = ()
 
     def value_names(self) -> set[str]:
         """The names of all values, those of bodies and functions included."""
-        names = {*self.names, *(value.name or "" for value in self.constants)}
+        names = {*self.names, *self.constant_names.values()}
         for step in self.steps:
             names.update(step.names)
             for body in step.bodies.values():
@@ -104,15 +115,15 @@ class Planner:
         self._precision = precision
         self._open: list[ir.OperatorIdentifier] = []
 
-    def graph(
-        self, graph: ir.Graph, opsets: Mapping[str, int], scope: str = "", bound: Mapping[str, ir.Attr] | None = None
-    ) -> Plan:
+    def graph(self, graph: ir.Graph, opsets: Mapping[str, int], scope: str = "", bound: Mapping[str, ir.Attr] | None = None) -> Plan:
         """Plans a graph or the body of a control-flow operator."""
         plan = self._plan(graph.inputs, graph.outputs, graph, opsets, scope, bound or {})
         for value in graph.initializers.values():
             if value.const_value is None:
                 raise SourceError(f"initializer '{value.name}' has no data", where=f"graph '{graph.name}'", fix="export the model again")
-            plan.constants[value] = _constant(value)(self._precision)
+            if value not in plan.inputs:
+                plan.constant_names[value] = scope + (value.name or "")
+            plan.constants[value] = initial(value, self._precision)
         plan.captures = tuple(value for value in plan.captures if value not in plan.constants)
         return plan
 
@@ -143,8 +154,13 @@ class Planner:
     ) -> Plan:
         versions = {_domain(domain): version for domain, version in opsets.items()}
         plan = Plan(tuple(inputs), tuple(outputs), tuple(scope + (value.name or "") for value in inputs))
-        plan.steps = [self._step(node, versions, scope, bound) for node in nodes]
-        defined = set(inputs)
+        for node in nodes:
+            step = self._step(node, versions, scope, bound)
+            if step.node.op_type == "Constant" and not _domain(node.domain):
+                self._hoist(step, plan)
+            else:
+                plan.steps.append(step)
+        defined = {*inputs, *plan.constants}
         captures: dict[ir.Value, None] = {}
         for step in plan.steps:
             captures.update(dict.fromkeys(value for value in _uses(step) if value not in defined))
@@ -153,6 +169,20 @@ class Planner:
         plan.captures = tuple(captures)
         _release(plan)
         return plan
+
+    def _hoist(self, step: Step, plan: Plan) -> None:
+        """Computes a Constant once for all runs."""
+        try:
+            value = step.function(**step.attributes)
+        except NotSupportedError as error:
+            raise UnsupportedOpError(f"the interpreter refuses {step.describe()}: {error}", where=place(step.node), fix=_FIX) from error
+        for formal, name in zip(step.outputs, step.names, strict=True):
+            if formal is not None:
+                plan.constants[formal] = round_to_float16(value) if self._rounds(value) else value
+                plan.constant_names[formal] = name
+
+    def _rounds(self, value: Value) -> bool:
+        return self._precision.rounds and isinstance(value, Tensor) and value.is_floating_point()
 
     def _step(self, node: ir.Node, versions: Mapping[str, int], scope: str, bound: Mapping[str, ir.Attr]) -> Step:
         domain = _domain(node.domain)
@@ -208,23 +238,23 @@ class Planner:
         elif kind is ir.AttributeType.TENSOR:
             try:
                 step.attributes[name] = from_array(attribute.as_tensor().numpy(), self._precision)
-            except NotSupported as error:
-                raise UnsupportedOpError(
-                    f"the interpreter refuses {step.describe()}: {error}", where=place(step.node), fix=_FIX
-                ) from error
+            except NotSupportedError as error:
+                raise UnsupportedOpError(f"the interpreter refuses {step.describe()}: {error}", where=place(step.node), fix=_FIX) from error
         else:
             step.attributes[name] = attribute.value
 
 
-def _constant(value: ir.Value) -> Any:
-    def convert(precision: Precision) -> Value:
-        assert value.const_value is not None
-        try:
-            return from_array(value.const_value.numpy(), precision)
-        except NotSupported as error:
-            raise UnsupportedOpError(f"the interpreter refuses {error}", where=f"initializer '{value.name}'", fix=_FIX) from error
+def initial(value: ir.Value, precision: Precision) -> Value:
+    """The data of an initializer.
 
-    return convert
+    Raises:
+        UnsupportedOpError: Its type is none that the interpreter holds.
+    """
+    assert value.const_value is not None
+    try:
+        return from_array(value.const_value.numpy(), precision)
+    except NotSupportedError as error:
+        raise UnsupportedOpError(f"the interpreter refuses {error}", where=f"initializer '{value.name}'", fix=_FIX) from error
 
 
 def _uses(step: Step) -> list[ir.Value]:
@@ -234,7 +264,7 @@ def _uses(step: Step) -> list[ir.Value]:
 
 def _release(plan: Plan) -> None:
     """Notes at each step the values that no later one reads, so that memory is that of what is alive."""
-    needed = set(plan.outputs)
+    needed = {*plan.outputs, *plan.constants}
     for step in reversed(plan.steps):
         touched = dict.fromkeys([*_uses(step), *(value for value in step.outputs if value is not None)])
         step.release = tuple(value for value in touched if value not in needed)

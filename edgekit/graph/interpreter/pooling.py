@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from edgekit.graph.interpreter.convolution import flat_pads, resolve_pads
 from edgekit.graph.interpreter.registry import Call, operator
-from edgekit.graph.interpreter.values import NotSupported, integers
+from edgekit.graph.interpreter.values import NotSupportedError, integers
 
-_MAX_POOLS: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_MAX_POOLS: dict[int, Callable[..., Any]] = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _windows(
     sizes = list(x.shape[2:])
     rank = len(sizes)
     if rank not in _MAX_POOLS:
-        raise NotSupported(f"{rank} spatial axes")
+        raise NotSupportedError(f"{rank} spatial axes")
     kernel, steps, gaps = list(kernel_shape), list(strides or [1] * rank), list(dilations or [1] * rank)
     before, after = resolve_pads(auto_pad, pads, sizes, kernel, steps, gaps)
     grown = []
@@ -76,7 +76,7 @@ def max_pool(
     windows = _windows(x, kernel_shape, auto_pad, ceil_mode, dilations, pads, strides)
     ends = [last + more for last, more in zip(windows.after, windows.grown, strict=True)]
     wide = x if x.is_floating_point() else x.double()
-    padded = F.pad(wide, flat_pads(windows.before, ends), value=-torch.inf)
+    padded = functional.pad(wide, flat_pads(windows.before, ends), value=-torch.inf)
     rank = x.dim() - 2
     pool = _MAX_POOLS[rank]
     if not call.wants(1):
@@ -99,7 +99,7 @@ def max_pool(
 def _window_sums(x: Tensor, windows: _Windows) -> Tensor:
     """Sum of each window of `[B, C, …]`, zeros around."""
     ends = [last + more for last, more in zip(windows.after, windows.grown, strict=True)]
-    padded = F.pad(x, flat_pads(windows.before, ends))
+    padded = functional.pad(x, flat_pads(windows.before, ends))
     planes = padded.reshape(-1, 1, *padded.shape[2:])
     ones = torch.ones(1, 1, *windows.kernel, dtype=x.dtype)
     sums = _CONVOLUTIONS[len(windows.kernel)](planes, ones, None, windows.strides, 0, windows.dilations)
@@ -122,7 +122,7 @@ def average_pool(
     """Mean of each window; padding counts if asked for, what ceil_mode adds never does."""
     windows = _windows(x, kernel_shape, auto_pad, ceil_mode, dilations, pads, strides)
     if count_include_pad:
-        x = F.pad(x, flat_pads(windows.before, windows.after))
+        x = functional.pad(x, flat_pads(windows.before, windows.after))
         none = [0] * len(windows.kernel)
         windows = _Windows(windows.kernel, windows.strides, windows.dilations, none, none, windows.grown)
     counts = _window_sums(torch.ones(1, 1, *x.shape[2:], dtype=x.dtype), windows)
@@ -162,7 +162,8 @@ def global_max_pool(x: Tensor, /) -> Tensor:
 @operator("GlobalLpPool", since=2)
 def global_lp_pool(x: Tensor, /, *, p: int = 2) -> Tensor:
     """Lp norm of each channel, `[B, C, 1, …]`."""
-    return torch.linalg.vector_norm(x, p, tuple(range(2, x.dim())), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, p, tuple(range(2, x.dim())), keepdim=True)
+    return norm
 
 
 @operator("MaxUnpool")
@@ -181,8 +182,7 @@ def max_unpool(
     steps = list(strides or [1] * rank)
     edges = list(pads or [0] * (2 * rank))
     inferred = list(x.shape[:2])
-    for axis in range(rank):
-        inferred.append((x.shape[2 + axis] - 1) * steps[axis] - edges[axis] - edges[axis + rank] + kernel_shape[axis])
+    inferred += [(x.shape[2 + axis] - 1) * steps[axis] - edges[axis] - edges[axis + rank] + kernel_shape[axis] for axis in range(rank)]
     wanted = inferred if output_shape is None else integers(output_shape)
     index = indices
     if wanted != inferred:

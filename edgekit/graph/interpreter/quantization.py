@@ -1,4 +1,9 @@
-"""Linear quantization. Rounding has a straight-through gradient as far as the quantized type is carried as a float."""
+"""Linear quantization.
+
+Where the input of QuantizeLinear has a gradient, its result is carried as floats with integer values, so that the gradient passes
+straight through the rounding to DequantizeLinear: to the input where it does not saturate, and to the scale as in LSQ (Esser et al. 2020,
+equation 3).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from edgekit.graph.interpreter.conversion import convert
 from edgekit.graph.interpreter.convolution import conv_integer
 from edgekit.graph.interpreter.registry import Call, operator
 from edgekit.graph.interpreter.straight_through import round_half_even
-from edgekit.graph.interpreter.values import DataType, NotSupported, Value, onnx_type, unwrap
+from edgekit.graph.interpreter.values import Carried, DataType, NotSupportedError, Value, onnx_type, unwrap
 
 _RANGES = {
     DataType.INT32: (-(2**31), 2**31 - 1),
@@ -62,7 +67,10 @@ def quantize_linear(
     zero = None if zero_point is None else _spread(unwrap(zero_point), x, axis, block_size)
     if target not in _RANGES:  # a float of 8 or 4 bits
         return convert(ratio if zero is None else ratio + zero, target, call.precision, bool(saturate))
-    return convert(_saturate(round_half_even(ratio.to(torch.float64)), zero, target), target, call.precision)
+    quantized = _saturate(round_half_even(ratio.to(torch.float64)), zero, target)
+    if quantized.requires_grad:
+        return Carried(quantized.to(torch.promote_types(divided_in, torch.float32)), target)
+    return convert(quantized, target, call.precision)
 
 
 def _saturate(rounded: Tensor, zero: Tensor | None, target: DataType) -> Tensor:
@@ -78,7 +86,7 @@ def dequantize_linear(
     quantized, scale = unwrap(x), unwrap(scale)
     computed_in = call.precision.held(DataType(output_dtype)) if output_dtype else scale.dtype
     if quantized.dtype is torch.int32 and onnx_type(x) is DataType.INT32 and zero_point is not None and bool(unwrap(zero_point).any()):
-        raise NotSupported("a zero point of int32")
+        raise NotSupportedError("a zero point of int32")
     # Exact before the product: differences of integers in float64 (or of 8-bit floats, which are exact there too).
     difference = quantized.to(torch.float64)
     if zero_point is not None:
@@ -126,7 +134,7 @@ def qlinear_matmul(
 def _requantize(sums: Tensor, factor: Tensor, zero: Value, call: Call) -> Value:
     target = onnx_type(zero)
     if target not in _RANGES:
-        raise NotSupported(f"output of type {target.name}")
+        raise NotSupportedError(f"output of type {target.name}")
     return convert(_saturate(torch.round(sums * factor), unwrap(zero), target), target, call.precision)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from edgekit.graph.interpreter.registry import operator
-from edgekit.graph.interpreter.values import NotSupported
+from edgekit.graph.interpreter.values import NotSupportedError
 
 Activation = Callable[[Tensor], Tensor]
 State = tuple[Tensor, ...]
@@ -19,13 +19,13 @@ _PLAIN: dict[str, Activation] = {
     "relu": torch.relu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
-    "softsign": F.softsign,
-    "softplus": functools.partial(F.softplus, threshold=40.0),
+    "softsign": functional.softsign,
+    "softplus": functools.partial(functional.softplus, threshold=40.0),
 }
 _WITH_ALPHA: dict[str, tuple[float, Callable[[Tensor, float], Tensor]]] = {
-    "leakyrelu": (0.01, F.leaky_relu),
+    "leakyrelu": (0.01, functional.leaky_relu),
     "thresholdedrelu": (1.0, lambda x, alpha: torch.where(x >= alpha, x, 0.0)),
-    "elu": (1.0, F.elu),
+    "elu": (1.0, functional.elu),
 }
 _WITH_ALPHA_AND_BETA: dict[str, tuple[float, float, Callable[[Tensor, float, float], Tensor]]] = {
     "affine": (1.0, 0.0, lambda x, alpha, beta: alpha * x + beta),
@@ -34,7 +34,9 @@ _WITH_ALPHA_AND_BETA: dict[str, tuple[float, float, Callable[[Tensor, float, flo
 }
 
 
-def _activations(names: Sequence[str], alphas: Sequence[float] | None, betas: Sequence[float] | None, clip: float | None) -> list[Activation]:
+def _activations(
+    names: Sequence[str], alphas: Sequence[float] | None, betas: Sequence[float] | None, clip: float | None
+) -> list[Activation]:
     """The functions; alphas and betas are taken in turn by those that have one."""
     alpha, beta = iter(alphas or ()), iter(betas or ())
     functions: list[Activation] = []
@@ -48,7 +50,7 @@ def _activations(names: Sequence[str], alphas: Sequence[float] | None, betas: Se
             first, second, two = _WITH_ALPHA_AND_BETA[name]
             function = functools.partial(_apply, two, next(alpha, first), next(beta, second))
         else:
-            raise NotSupported(f"activation '{name}'")
+            raise NotSupportedError(f"activation '{name}'")
         functions.append(function if clip is None else functools.partial(_clipped, function, clip))
     return functions
 
@@ -126,7 +128,7 @@ class _Layer:
         names = list(activations)
         self.functions = _activations(names * (self.directions if len(names) * self.directions <= 6 else 1), alphas, betas, clip)
         if direction not in ("forward", "reverse", "bidirectional") or (direction == "bidirectional") != (self.directions == 2):
-            raise NotSupported(f"direction '{direction}' with weights of {self.directions} directions")
+            raise NotSupportedError(f"direction '{direction}' with weights of {self.directions} directions")
 
     def first(self, state: Tensor | None) -> Tensor:
         if state is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edgekit.graph.interpreter.registry import operator
-from edgekit.graph.interpreter.values import NotSupported, integers, scalar
+from edgekit.graph.interpreter.values import NotSupportedError, integers, scalar
 
 Axes = Tensor | Sequence[int] | None
 
@@ -35,7 +35,7 @@ def _mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
         return x
     if x.is_floating_point():
         return torch.mean(x, axes, keepdim=keep)
-    return torch.mean(x.double(), axes, keepdim=keep).floor()
+    return torch.mean(x.double(), axes, keepdim=keep)  # rounded towards zero by the caller
 
 
 def _prod(x: Tensor, axes: list[int], keep: bool) -> Tensor:
@@ -52,11 +52,7 @@ def _extreme(
             return x
         if any(x.shape[axis] == 0 for axis in axes):
             shape = [1 if index in {axis % x.dim() for axis in axes} else size for index, size in enumerate(x.shape)]
-            fill: float | bool
-            if x.dtype is torch.bool:
-                fill = fill_float > 0
-            else:
-                fill = fill_float if x.is_floating_point() else integer_limit(x.dtype)
+            fill = fill_float if x.is_floating_point() else fill_float > 0 if x.dtype is torch.bool else integer_limit(x.dtype)
             full = torch.full(shape, fill, dtype=x.dtype)
             return full if keep else full.squeeze(tuple(axes))
         return function(x, axes, keepdim=keep)
@@ -125,7 +121,7 @@ def _cumulative(function: Callable[..., Tensor], neutral: float) -> Callable[...
     def cumulate(x: Tensor, axis: Tensor, /, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
         along = int(scalar(axis))
         if not -x.dim() <= along < x.dim():
-            raise NotSupported(f"axis {along} of a tensor of rank {x.dim()}")
+            raise NotSupportedError(f"axis {along} of a tensor of rank {x.dim()}")
         x = x.flip(along) if reverse else x
         result = function(x, along).to(x.dtype)
         if exclusive:

@@ -7,16 +7,29 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from edgekit.graph.interpreter.values import Precision
 
 Function = Callable[..., Any]
+F = TypeVar("F", bound=Function)
 
 NEWEST_OPSET = {"": 28, "ai.onnx.preview": 1, "ai.onnx.ml": 5, "ai.onnx.preview.training": 1}
 """The opsets that the operators were written for; a newer one may have changed their meaning, so it is refused."""
 MODULES = (
-    *("attention", "control_flow", "convolution", "conversion", "elementwise", "image", "indexing", "loss", "matrix", "normalization"),
+    *(
+        "attention",
+        "control_flow",
+        "convolution",
+        "conversion",
+        "elementwise",
+        "image",
+        "indexing",
+        "legacy",
+        "loss",
+        "matrix",
+        "normalization",
+    ),
     *("pooling", "quantization", "random", "recurrent", "reduction", "resize", "sequence", "shape", "signal"),
 )
 """The files of operators, one subject each."""
@@ -77,15 +90,13 @@ class _Table:
 _TABLE = _Table()
 
 
-def operator(
-    *names: str, since: int = 1, domain: str = "", raw: bool = False, like: Function | None = None
-) -> Callable[[Function], Function]:
+def operator(*names: str, since: int = 1, domain: str = "", raw: bool = False, like: Function | None = None) -> Callable[[F], F]:
     """Decorator that enters a function into the table under each of `names`, from version `since` on (see `Operator`).
 
     Attributes are the function's parameters that have a name, and those of `like` to which it passes them on.
     """
 
-    def enter(function: Function) -> Function:
+    def enter(function: F) -> F:
         attributes, wants_call = _parameters(function)
         if like is not None:
             attributes |= _parameters(like)[0]

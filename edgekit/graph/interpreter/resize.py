@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from edgekit.graph.interpreter.registry import operator
-from edgekit.graph.interpreter.values import NotSupported
+from edgekit.graph.interpreter.values import NotSupportedError
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ def _places(rule: _Rule, size: int, new: int, scale: float, span: tuple[float, f
         if new > 1:
             return start * (size - 1) + x * (end - start) * (size - 1) / (new - 1)
         return torch.full_like(x, 0.5 * (start + end) * (size - 1))
-    raise NotSupported(f"coordinate_transformation_mode '{rule.coordinates}'")
+    raise NotSupportedError(f"coordinate_transformation_mode '{rule.coordinates}'")
 
 
 def _nearest(rule: _Rule, places: Tensor, size: int) -> Tensor:
-    rounded = {
+    rounded: dict[str, Callable[[Tensor], Tensor]] = {
         "round_prefer_floor": lambda x: torch.ceil(x - 0.5),
         "round_prefer_ceil": lambda x: torch.floor(x + 0.5),
         "floor": torch.floor,
         "ceil": torch.ceil,
     }
     if rule.nearest not in rounded:
-        raise NotSupported(f"nearest_mode '{rule.nearest}'")
+        raise NotSupportedError(f"nearest_mode '{rule.nearest}'")
     return rounded[rule.nearest](places).long().clamp(0, size - 1)
 
 
@@ -88,7 +88,8 @@ def _weights(rule: _Rule, places: Tensor, size: int, scale: float) -> Tensor:
 
 def _along(x: Tensor, axis: int, weights: Tensor) -> Tensor:
     """`weights` `[new, size]` applied to one axis."""
-    return torch.tensordot(x, weights.to(x.dtype), dims=([axis], [1])).movedim(-1, axis)
+    result: Tensor = torch.tensordot(x, weights.to(x.dtype), dims=([axis], [1]))  # type: ignore[no-untyped-call]
+    return result.movedim(-1, axis)
 
 
 @operator("Resize", since=10)
@@ -128,9 +129,11 @@ def resize(
     nearest_mode: str = "round_prefer_floor",
 ) -> Tensor:
     """Resizes any axes by nearest, linear or cubic interpolation."""
-    rule = _Rule(mode, coordinate_transformation_mode, nearest_mode, cubic_coeff_a, bool(exclude_outside), bool(antialias) and mode != "nearest")
+    rule = _Rule(
+        mode, coordinate_transformation_mode, nearest_mode, cubic_coeff_a, bool(exclude_outside), bool(antialias) and mode != "nearest"
+    )
     if mode not in ("nearest", "linear", "cubic"):
-        raise NotSupported(f"mode '{mode}'")
+        raise NotSupportedError(f"mode '{mode}'")
     chosen = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes]
     if sizes is not None and sizes.numel():
         targets, factors = _from_sizes(x, chosen, sizes.tolist(), keep_aspect_ratio_policy)
@@ -171,6 +174,6 @@ def _from_sizes(x: Tensor, axes: Sequence[int], sizes: Sequence[int], policy: st
     if policy == "stretch":
         return list(sizes), factors
     if policy not in ("not_larger", "not_smaller"):
-        raise NotSupported(f"keep_aspect_ratio_policy '{policy}'")
+        raise NotSupportedError(f"keep_aspect_ratio_policy '{policy}'")
     factor = min(factors) if policy == "not_larger" else max(factors)
     return [int(factor * x.shape[axis] + 0.5) for axis in axes], [factor] * len(axes)

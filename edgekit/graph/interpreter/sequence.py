@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgekit.graph.interpreter.registry import operator
 from edgekit.graph.interpreter.shape import parts
-from edgekit.graph.interpreter.values import Carried, NotSupported, Value, integers, onnx_type, scalar, unwrap
+from edgekit.graph.interpreter.values import Carried, NotSupportedError, Value, integers, onnx_type, scalar, unwrap
 
 
 @operator("SequenceConstruct", raw=True)
@@ -66,7 +66,7 @@ def split_to_sequence(data: Value, split: Value = None, /, *, axis: int = 0, kee
     """A sequence of parts: of one element each, of equal size (the last may be smaller), or of the sizes given."""
     tensor = unwrap(data)
     if not isinstance(tensor, Tensor):
-        raise NotSupported("tensors of type STRING")
+        raise NotSupportedError("tensors of type STRING")
     size = tensor.shape[axis]
     if split is None:
         pieces = torch.split(tensor, 1, axis)
@@ -74,7 +74,9 @@ def split_to_sequence(data: Value, split: Value = None, /, *, axis: int = 0, kee
     else:
         lengths = unwrap(split)
         count = int(scalar(lengths)) if lengths.dim() == 0 else 0
-        pieces = torch.split(tensor, integers(lengths) if lengths.dim() else parts(size, -(-size // count)) if size % count == 0 else count, axis)
+        pieces = torch.split(
+            tensor, integers(lengths) if lengths.dim() else parts(size, -(-size // count)) if size % count == 0 else count, axis
+        )
     return [Carried(piece, data.dtype) if type(data) is Carried else piece for piece in pieces]
 
 
@@ -96,7 +98,7 @@ def sequence_map(sequence: list[Value], /, *others: Value, body: Callable[..., l
 
 
 @operator("Optional", raw=True)
-def optional(value: Value = None, /, *, type: Any = None) -> Value:  # noqa: A002 (ONNX's name)
+def optional(value: Value = None, /, *, type: Any = None) -> Value:
     """An optional with an element, or without one."""
     return value
 

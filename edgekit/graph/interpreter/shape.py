@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from edgekit.graph.interpreter.registry import Call, operator
-from edgekit.graph.interpreter.values import NotSupported, Value, integers, scalar, unwrap
+from edgekit.graph.interpreter.values import NotSupportedError, Value, integers, scalar
 
 Integers = Tensor | Sequence[int]
 
@@ -87,9 +87,7 @@ def split(data: Tensor, split: Integers | None = None, *, axis: int = 0, num_out
 
 
 @operator("Slice")
-def slice_(
-    data: Tensor, starts: Integers, ends: Integers, axes: Integers | None = None, steps: Integers | None = None
-) -> Tensor:
+def slice_(data: Tensor, starts: Integers, ends: Integers, axes: Integers | None = None, steps: Integers | None = None) -> Tensor:
     """A range of each of the axes; steps may be negative."""
     first, last = integers(starts), integers(ends)
     chosen = list(range(len(first))) if axes is None else integers(axes)
@@ -115,7 +113,7 @@ def _backwards(size: int, start: int, end: int, step: int) -> range:
 @operator("Expand")
 def expand(data: Tensor, shape: Tensor, /) -> Tensor:
     """Broadcast to the common shape of `data` and `shape`."""
-    return data.expand(torch.broadcast_shapes(data.shape, shape.tolist()))
+    return data.expand(torch.broadcast_shapes(data.shape, shape.tolist()))  # type: ignore[no-untyped-call]
 
 
 @operator("Tile", since=6)
@@ -143,7 +141,9 @@ def pad_by_attributes(data: Tensor, /, *, pads: Sequence[int], mode: str = "cons
 
 
 @operator("Pad", since=11)
-def pad_by_inputs(data: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None, /, *, mode: str = "constant") -> Tensor:
+def pad_by_inputs(
+    data: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None, /, *, mode: str = "constant"
+) -> Tensor:
     """Padding as since opset 11: before and after each axis; a negative amount removes."""
     return pad(data, integers(pads), scalar(value, 0), None if axes is None else integers(axes), mode=mode)
 
@@ -162,7 +162,7 @@ def pad(data: Tensor, pads: Sequence[int], value: float = 0, axes: Sequence[int]
     amounts = {axis: (pads[index], pads[index + len(chosen)]) for index, axis in enumerate(chosen)}
     if mode == "constant":
         flat = [amount for axis in reversed(range(data.dim())) for amount in amounts.get(axis, (0, 0))]
-        return F.pad(data, flat, value=value)
+        return functional.pad(data, flat, value=value)
     for axis, (before, after) in amounts.items():
         length = data.shape[axis]
         positions = torch.arange(-before, length + after, device=data.device)
@@ -175,7 +175,7 @@ def pad(data: Tensor, pads: Sequence[int], value: float = 0, axes: Sequence[int]
             positions = positions % period
             positions = torch.where(positions >= length, period - positions, positions)
         else:
-            raise NotSupported(f"mode '{mode}'")
+            raise NotSupportedError(f"mode '{mode}'")
         data = data.index_select(axis, positions)
     return data
 
@@ -230,8 +230,3 @@ def reverse_sequence(x: Tensor, lengths: Tensor, /, *, batch_axis: int = 1, time
     positions = positions if batch_axis < time_axis else positions.t()
     index = positions.reshape(*positions.shape, *([1] * (x.dim() - 2))).expand(x.shape)
     return torch.gather(x, time_axis, index)
-
-
-def static_sizes(value: Value) -> list[int]:
-    """The shape of a tensor-like value."""
-    return list(unwrap(value).shape)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edgekit.graph.interpreter.conversion import typed
 from edgekit.graph.interpreter.registry import Call, operator
-from edgekit.graph.interpreter.values import NotSupported, scalar
+from edgekit.graph.interpreter.values import NotSupportedError, scalar
 
 
 @operator("DFT", since=17)
@@ -27,24 +28,24 @@ def dft(x: Tensor, length: Tensor | None = None, axis: Tensor | None = None, /, 
 
 
 def _dft(x: Tensor, length: int | None, axis: int, inverse: bool, onesided: bool) -> Tensor:
-    axis = axis - 1 if axis > 0 and axis == x.dim() - 1 else axis
-    axis = axis % x.dim()
+    axis %= x.dim()
     if axis == x.dim() - 1:
         raise ValueError("the last axis holds real and imaginary parts")
-    signal = torch.view_as_complex(x.contiguous()) if x.shape[-1] == 2 else x.squeeze(-1)
-    if inverse and onesided:
-        return torch.fft.irfft(signal, length, axis).unsqueeze(-1).to(x.dtype)
-    if inverse:
-        spectrum = torch.fft.ifft(signal, length, axis)
-    elif onesided:
-        spectrum = torch.fft.rfft(signal, length, axis)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    signal = torch.view_as_complex(wide) if x.shape[-1] == 2 else wide.squeeze(-1)
+    name = ("irfft" if onesided else "ifft") if inverse else ("rfft" if onesided else "fft")
+    if signal.requires_grad:
+        spectrum: Tensor = getattr(torch.fft, name)(signal, length, axis)
     else:
-        spectrum = torch.fft.fft(signal, length, axis)
-    return torch.view_as_real(spectrum)
+        # numpy's transform, whose float32 rounding is that of the values that ONNX publishes; torch's depends on how it was built.
+        spectrum = torch.from_numpy(getattr(np.fft, name)(signal.numpy(), length, axis))
+    return (torch.view_as_real(spectrum) if spectrum.is_complex() else spectrum.unsqueeze(-1)).to(x.dtype)
 
 
 @operator("STFT")
-def stft(signal: Tensor, frame_step: Tensor, window: Tensor | None = None, frame_length: Tensor | None = None, /, *, onesided: int = 1) -> Tensor:
+def stft(
+    signal: Tensor, frame_step: Tensor, window: Tensor | None = None, frame_length: Tensor | None = None, /, *, onesided: int = 1
+) -> Tensor:
     """Short-time Fourier transform, `[B, L, 1 or 2]` to `[B, frames, bins, 2]`."""
     size = int(scalar(frame_length, signal.shape[1] if window is None else window.shape[0]))
     frames = signal.unfold(1, size, int(scalar(frame_step))).movedim(-1, 2)  # [B, frames, size, 1 or 2]
@@ -103,5 +104,5 @@ def mel_weight_matrix(
         for position in range(center, last):
             weights[position, index] = (last - position) / (last - center)
     if count < 1:
-        raise NotSupported("no mel bins")
+        raise NotSupportedError("no mel bins")
     return typed(weights, output_datatype, call.precision)

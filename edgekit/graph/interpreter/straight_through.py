@@ -28,7 +28,8 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (tensor,) = ctx.saved_tensors
-        return gradients[0] * (tensor.abs() <= 1)
+        inside: Tensor = tensor.abs() <= 1
+        return gradients[0] * inside
 
 
 class _Gate(torch.autograd.Function):

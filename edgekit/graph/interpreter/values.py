@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from edgekit.graph.interpreter.straight_through import through
+from edgekit.graph.interpreter.straight_through import round_to_float16, through
 
 DataType = ir.DataType
 
@@ -58,13 +58,13 @@ _SIGNED_BITS = {DataType.INT4: 4, DataType.INT2: 2}
 _UNSIGNED_BITS = {DataType.UINT16: 16, DataType.UINT32: 32, DataType.UINT4: 4, DataType.UINT2: 2}
 
 
-class NotSupported(Exception):
+class NotSupportedError(Exception):
     """Raised by an operator's function for what it does not compute; the engine names the operator and the node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A tensor with the type that it stands for.
+    """A tensor with the type that it stands for (quantized integers that have a gradient are carried as floats).
 
     Attributes:
         tensor: The values, in the type of `CARRIERS`; for strings a numpy array of objects, which nothing computes with.
@@ -101,13 +101,13 @@ class Precision:
         """The torch type that values of `dtype` are held in.
 
         Raises:
-            NotSupported: Strings, and types that have no carrier.
+            NotSupportedError: Strings, and types that have no carrier.
         """
         if dtype in FLOATS and self.name != "float32":
             return torch.float64 if self.name == "float64" else torch.float32
         native = NATIVE.get(dtype) or CARRIERS.get(dtype)
         if native is None:
-            raise NotSupported(f"tensors of type {dtype.name}")
+            raise NotSupportedError(f"tensors of type {dtype.name}")
         return native
 
 
@@ -145,7 +145,7 @@ def round_float(tensor: Tensor, dtype: DataType, saturate: bool = True, round_mo
 
 def _round_with_ml_dtypes(array: np.ndarray, dtype: DataType, saturate: bool) -> np.ndarray:
     narrow = dtype.numpy()
-    largest = float(ml_dtypes.finfo(narrow).max)
+    largest = float(ml_dtypes.finfo(narrow).max)  # type: ignore[no-untyped-call]
     with np.errstate(all="ignore"):
         rounded = array.astype(narrow).astype(np.float32)
     if saturate:
@@ -170,13 +170,26 @@ def _round_to_power_of_two(array: np.ndarray, saturate: bool, round_mode: str) -
     elif round_mode == "nearest":
         power = np.where(mantissa >= 0.75, floor + 1, floor)
     else:
-        raise NotSupported(f"round_mode '{round_mode}'")
+        raise NotSupportedError(f"round_mode '{round_mode}'")
     power = np.where(wide == 0, -128, np.where(np.isinf(wide), 128, power))
     out_of_range = (power > 127) | (power < -127)
     result = np.ldexp(1.0, np.clip(power, -127, 127))
     if not saturate:
         result = np.where(out_of_range, np.nan, result)
     return np.where(np.isnan(wide), np.nan, result).astype(np.float32)
+
+
+def with_gradient(value: Carried) -> bool:
+    """Whether integers are carried as floats because they have a gradient."""
+    return isinstance(value.tensor, Tensor) and value.tensor.is_floating_point() and not value.dtype.is_floating_point()
+
+
+def integral(value: Value) -> Value:
+    """Integers that were carried as floats, as integers without a gradient; other values as they are."""
+    if type(value) is not Carried or not with_gradient(value):
+        return value
+    whole = value.tensor.detach().to(torch.int64)
+    return whole.to(NATIVE[value.dtype]) if value.dtype in NATIVE else Carried(whole.to(CARRIERS[value.dtype]), value.dtype)
 
 
 def unwrap(value: Value) -> Any:
@@ -197,7 +210,7 @@ def from_array(array: np.ndarray, precision: Precision) -> Value:
     dtype = DataType.from_numpy(array.dtype)
     held = precision.held(dtype)
     if dtype is DataType.BFLOAT16:
-        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16).to(held)
+        return _held(torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16), held, precision)
     if dtype is DataType.UINT64:
         return Carried(torch.from_numpy(np.array(array).view(np.int64)), dtype)
     if dtype in CARRIERS:
@@ -205,7 +218,12 @@ def from_array(array: np.ndarray, precision: Precision) -> Value:
         return Carried(torch.from_numpy(np.array(array.astype(carrier))), dtype)
     if not array.flags.writeable or any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
         array = np.array(array, dtype=array.dtype.newbyteorder("="))
-    return torch.from_numpy(array).to(held)
+    return _held(torch.from_numpy(array), held, precision)
+
+
+def _held(tensor: Tensor, held: torch.dtype, precision: Precision) -> Tensor:
+    tensor = tensor.to(held)
+    return round_to_float16(tensor) if precision.rounds and tensor.is_floating_point() else tensor
 
 
 def to_array(value: Value) -> Any:
@@ -216,6 +234,7 @@ def to_array(value: Value) -> Any:
         return [to_array(item) for item in value]
     if type(value) is Carried and value.dtype is DataType.STRING:
         return value.tensor
+    value = integral(value)
     tensor = unwrap(value).detach().cpu().contiguous().resolve_conj()
     if type(value) is Carried and value.dtype in CARRIERS:
         if value.dtype is DataType.UINT64:
