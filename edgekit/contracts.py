@@ -51,13 +51,25 @@ class Context:
         calibration: Batches of inputs, each `{input name: array}` in the shapes of the graph's inputs.
         target: Name of the target that the graph is compiled for.
         generator: The seeded source of randomness.
+        skip: Places that the pass leaves alone because somebody asked for it, such as a search for a culprit.
+        rewrites: Places that were rewritten, in order; filled by `applied`.
         refusals: Places that nearly matched; filled by `refuse`.
     """
 
     calibration: Sequence[Arrays] = ()
     target: str = ""
     generator: np.random.Generator | None = None
+    skip: frozenset[str] = frozenset()
+    rewrites: list[str] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+
+    def skips(self, where: str) -> bool:
+        """Whether the place `where` (a node name) is to be left alone; asked before each rewrite."""
+        return where in self.skip
+
+    def applied(self, where: str) -> None:
+        """Notes that the place `where` (a node name) was rewritten, so that it can be reported, and skipped the next time."""
+        self.rewrites.append(where)
 
     def refuse(self, where: str, why: str) -> None:
         """Notes that the place `where` (a node name) was left alone and which condition failed."""

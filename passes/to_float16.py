@@ -70,6 +70,8 @@ class ToFloat16(Pass):
             context.refuse("graph", "no float32 weights are used by operators that can compute in float16")
             return 0
         _Converter(model, half, halves, self.keep_io).convert()
+        for node in half:
+            context.applied(node.name or node.op_type)
         return len(halves) + len(constants)
 
     def _choose_nodes(self, model: ir.Model, context: Context) -> dict[ir.Node, Signature]:
@@ -82,7 +84,7 @@ class ToFloat16(Pass):
             signature = _signature_of(node, model)
             if isinstance(signature, str):
                 context.refuse(node.name or node.op_type, signature)
-            elif signature is not None and not any(_matches(node, pattern) for pattern in self.keep_float32):
+            elif signature is not None and not context.skips(node.name or "") and not any(_matches(node, p) for p in self.keep_float32):
                 half[node] = signature
         return half
 
@@ -278,12 +280,12 @@ class _Converter:
             others = [use for use in value.uses() if not self._reads_half(use)]
             if not others and not value.is_graph_output():
                 name = value.name
-                new = self.editor.add_initializer(name or "weight", array)
+                new = self.editor.add_initializer(name or "weight", array, made_from=[value])
                 value.replace_all_uses_with(new)
                 self.editor.drop_unused([value])
                 new.name = name
                 continue
-            new = self.editor.add_initializer(f"{value.name}.float16", array)
+            new = self.editor.add_initializer(f"{value.name}.float16", array, made_from=[value])
             for node, index in value.uses():
                 if self._reads_half((node, index)):
                     node.replace_input_with(index, new)

@@ -1,8 +1,9 @@
 """Brings every graph to one form, so that passes and targets meet each idea in a single shape.
 
-The form: functions of foreign domains are inlined, constants are initializers, what depends on constants alone is computed, nothing is
-unused, nodes stand in topological order, and every node and value has a name of its own. The arithmetic is not touched: folding of
-batch norm into convolutions and the like is the work of passes, where it is checked and counted.
+The form: functions of foreign domains are inlined, constants are initializers, what depends on constants alone is computed, operators that
+an exporter wrote in parts are whole again (`fusions/`), nothing is unused, nodes stand in topological order, and every node and value has
+a name of its own. Whole operators are not combined with one another: folding of batch norm into convolutions and the like is the work
+of passes, where it is checked and counted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from onnx_ir.passes import common
 from edgekit.errors import EdgekitError, SourceError
 from edgekit.graph.check import subgraphs
 from edgekit.graph.fold import FILLED, Budget, fold_constants
+from edgekit.graph.fusions.activation import fuse_activations
+from edgekit.graph.fusions.attention import fuse_attention
+from edgekit.graph.fusions.layout import merge_layout
+from edgekit.graph.fusions.linear import unify_linear
+from edgekit.graph.fusions.normalization import fuse_normalizations
 from edgekit.graph.shapes import infer_shapes, static_shape
 
 OWN_DOMAIN = "edgekit"
@@ -321,6 +327,13 @@ STEPS: tuple[Callable[[ir.Model], object], ...] = (
     lift_constants,
     simplify,
     drop_absent_biases,
+    infer_shapes,
+    merge_layout,
+    fuse_normalizations,
+    fuse_activations,
+    fuse_attention,
+    unify_linear,
+    merge_layout,
     remove_unused,
     share_small_constants,
     sort_nodes,

@@ -45,11 +45,15 @@ class FoldBatchNorm(Pass):
         folded = 0
         for norm in norms:
             assert editor is not None
+            where = norm.name or "BatchNormalization"
+            if context.skips(where):
+                continue
             why = _fold(norm, editor)
             if why is None:
                 folded += 1
+                context.applied(where)
             else:
-                context.refuse(norm.name or "BatchNormalization", why)
+                context.refuse(where, why)
         return folded
 
 

@@ -59,7 +59,13 @@ class MergeBranches(Pass):
         merged = 0
         for tree in trees:
             assert editor is not None
-            merged += _merge_in_sum(tree, editor, context)
+            where = tree.root.name or tree.root.op_type
+            if context.skips(where):
+                continue
+            in_sum = _merge_in_sum(tree, editor, context)
+            if in_sum:
+                context.applied(where)
+            merged += in_sum
         return merged
 
 
