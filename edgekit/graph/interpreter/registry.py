@@ -23,6 +23,7 @@ MODULES = (
         "convolution",
         "conversion",
         "elementwise",
+        "extensions",
         "image",
         "indexing",
         "legacy",

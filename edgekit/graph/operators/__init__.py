@@ -14,7 +14,7 @@ from edgekit.graph.operators import gather_tokens, pack_bits, sign
 from edgekit.graph.operators.base import DOMAIN, OPSET, VERSION, Evaluate, Operator
 from edgekit.graph.shapes import static_shape
 
-__all__ = ["DOMAIN", "FAST", "OPERATORS", "Operator", "add_function", "insert"]
+__all__ = ["DOMAIN", "FAST", "OPERATORS", "Evaluate", "Operator", "add_function", "insert"]
 
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in (gather_tokens.OPERATOR, pack_bits.OPERATOR, sign.OPERATOR)}
 """Every operator by its name."""
