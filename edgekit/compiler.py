@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekit import native, specs
+from edgekit.adversarial import findings
 from edgekit.artifact import BASELINE, OPTIMIZED, PARITY, RECIPE, REPORT, Artifact, KeptParity, save_parity
 from edgekit.contracts import Context, Pass, Target
 from edgekit.errors import BudgetError, LoweringError, MissingToolError
@@ -27,6 +28,7 @@ from edgekit.inputs import parse_inputs
 from edgekit.isolation import Worker
 from edgekit.machine import available_threads, version, versions
 from edgekit.original import Opener, Original
+from edgekit.parity_table import ParityTable
 from edgekit.pipeline import Budget, PassResult, run_passes
 from edgekit.profile.host import latency
 from edgekit.progress import Reporter
@@ -197,24 +199,30 @@ def _optimize_and_lower(
     worker: Worker,
     reporter: Reporter,
 ) -> Compiled:
+    table = _table(original, evaluator)
     with reporter.stage("canonicalize"):
         graph = canonicalize(to_opset(original.model.clone(), OPSET))
         infer_shapes(graph)
         canonical = evaluator.run(graph, "canonicalize", labelled=False)
         parity = assert_close(original.outcome.outputs, canonical.outputs, stage="canonicalize", precision=graph_precision(graph))
-        base = dataclasses.replace(original.outcome, outputs=canonical.outputs)
+        base = dataclasses.replace(original.outcome, outputs=canonical.outputs, adversarial=canonical.adversarial)
+        table.add("canonical", base, parity)
+        notes = _adversarial_notes("canonicalize", evaluator, original.outcome, base, graph_precision(graph))
     context = Context(original.data.calibration, target.name, np.random.default_rng(recipe.seed))
     budget = None if recipe.max_drop is None else Budget(recipe.max_drop)
-    graph, optimized, results = run_passes(graph, passes, context, evaluator, base, reporter, budget)
+    graph, optimized, results = run_passes(graph, passes, context, evaluator, base, reporter, budget, table)
+    notes += [warning for result in results for warning in result.warnings]
     stage = f"lower to {target.name}"
     with reporter.stage(stage):
         save_model(graph, folder / OPTIMIZED)
         _lower(worker, stage, target, folder / OPTIMIZED, folder)
     with reporter.stage("run artifact"):
-        outputs, facts = in_worker(worker, "run artifact", native.run_lowered, target, folder, evaluator.feeds, threads)
-        lowered = evaluator.outcome(outputs, facts)
+        lowered = evaluator.run_lowered(target, folder, "run artifact")
         precision = lowest(graph_precision(graph), target.precision)
-        assert_close(optimized.outputs, lowered.outputs, stage=f"lowering to {target.name}", precision=precision)
+        stage = f"lowering to {target.name}"
+        row = table.add("lowered", lowered, assert_close(optimized.outputs, lowered.outputs, stage=stage, precision=precision))
+        notes += _adversarial_notes(stage, evaluator, optimized, lowered, precision)
+        original.notes += notes
         _hold_budget(budget, base, lowered, results)
         save_parity(folder / PARITY, KeptParity(original.data.calibration, original.reference, optimized.outputs))
     return Compiled(
@@ -223,9 +231,30 @@ def _optimize_and_lower(
         passes=results,
         base=base,
         lowered=lowered,
-        parity=compare(original.reference, lowered.outputs),
+        parity=row.data.original or compare(original.reference, lowered.outputs),
         precision=precision,
+        parity_table=table.rows,
     )
+
+
+def _table(original: Original, evaluator: Evaluator) -> ParityTable:
+    """The table with the rows of the original and, where it is a module, of its traced graph."""
+    table = ParityTable(evaluator.adversarial)
+    if original.source.module is None:
+        table.add("file", original.outcome)
+    else:
+        table.add("torch", Outcome(original.reference, adversarial=original.reference_adversarial))
+        table.add("traced", original.outcome)
+    return table
+
+
+def _adversarial_notes(stage: str, evaluator: Evaluator, before: Outcome, after: Outcome, precision: str) -> list[str]:
+    if before.adversarial is None:
+        return []
+    if after.adversarial is None:
+        return [f"the graph does not run on adversarial inputs after {stage}"]
+    found = findings(evaluator.adversarial, before.adversarial, after.adversarial, stage=stage, precision=precision)
+    return [finding.text for finding in found]
 
 
 def _lower(worker: Worker, stage: str, target: Target, source: Path, folder: Path) -> None:

@@ -86,6 +86,8 @@ class Pass(ABC):
     effect: ClassVar[Effect]
     default_order: ClassVar[int | None] = None
     """Place in the recipe that is used when none is given; None: the pass runs only when asked for."""
+    removes: ClassVar[frozenset[str]] = frozenset()
+    """Whole operators (see `edgekit.graph.census`) that an exact pass removes together with their computation; it must keep all others."""
 
     @abstractmethod
     def apply(self, model: ir.Model, context: Context) -> int:

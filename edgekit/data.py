@@ -44,6 +44,7 @@ class Data:
         calibration: Batches for calibration and parity.
         selection: Batches on which a setting may be chosen, with `selection_labels`.
         test: Batches that only final figures are measured on, with `test_labels`.
+        adversarial: Extreme inputs that every stage also runs on, by kind (see `edgekit.adversarial`).
         notes: What the report must say about the data.
     """
 
@@ -53,6 +54,7 @@ class Data:
     selection_labels: np.ndarray | None = None
     test: list[Arrays] = field(default_factory=list)
     test_labels: np.ndarray | None = None
+    adversarial: dict[str, Arrays] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit import metrics, native
-from edgekit.contracts import Arrays
+from edgekit.contracts import Arrays, Target
 from edgekit.data import Data
 from edgekit.errors import LoweringError
 from edgekit.graph.files import save_model
@@ -25,6 +28,7 @@ class Outcome:
         outputs: Outputs on the calibration batches.
         selection: Per sample of the selection data, whether the prediction is right; None without labels.
         test: The same on the test data.
+        adversarial: Outputs on the adversarial inputs; None where the stage failed on one, or there are none.
         facts: What the runtime says of itself.
     """
 
@@ -32,6 +36,7 @@ class Outcome:
     selection: np.ndarray | None = None
     test: np.ndarray | None = None
     facts: dict[str, str] | None = None
+    adversarial: list[Arrays] | None = None
 
 
 class Evaluator:
@@ -51,6 +56,11 @@ class Evaluator:
         self._threads = threads
 
     @property
+    def adversarial(self) -> tuple[str, ...]:
+        """The kinds of adversarial inputs, in the order of `Outcome.adversarial`."""
+        return tuple(self._data.adversarial)
+
+    @property
     def feeds(self) -> list[Arrays]:
         """All batches in the order that `outcome` takes the outputs in: calibration, selection, test."""
         return [*self._data.calibration, *self._data.selection, *self._data.test]
@@ -58,12 +68,12 @@ class Evaluator:
     def outcome(self, outputs: list[Arrays], facts: dict[str, str] | None = None) -> Outcome:
         """Splits outputs on `feeds` into those of the calibration batches and the labelled parts' correctness."""
         data = self._data
-        first, second = len(data.calibration), len(data.calibration) + len(data.selection)
+        first, second, third = itertools.accumulate(map(len, (data.calibration, data.selection, data.test)))
         outcome = Outcome(outputs[:first], facts=facts)
         if data.selection_labels is not None:
             outcome.selection = metrics.top1(outputs[first:second], data.selection_labels)
         if data.test_labels is not None:
-            outcome.test = metrics.top1(outputs[second:], data.test_labels)
+            outcome.test = metrics.top1(outputs[second:third], data.test_labels)
         return outcome
 
     def run(self, model: ir.Model, stage: str, labelled: bool = True) -> Outcome:
@@ -81,11 +91,39 @@ class Evaluator:
         files = save_model(model, path)
         try:
             feeds = self.feeds if labelled else self._data.calibration
-            outputs = in_worker(self._worker, stage, native.run_onnx, path, feeds, self._threads)
+            outputs, adversarial = self._also_adversarial(
+                feeds, lambda feeds: in_worker(self._worker, stage, native.run_onnx, path, feeds, self._threads)
+            )
         finally:
             for file in files:
                 file.unlink(missing_ok=True)
-        return self.outcome(outputs) if labelled else Outcome(outputs)
+        outcome = self.outcome(outputs) if labelled else Outcome(outputs)
+        return dataclasses.replace(outcome, adversarial=adversarial)
+
+    def run_lowered(self, target: Target, folder: Path, stage: str) -> Outcome:
+        """Runs what `target` wrote into `folder`; arguments and errors as of `run`."""
+        facts: dict[str, str] = {}
+
+        def run(feeds: list[Arrays]) -> list[Arrays]:
+            outputs, said = in_worker(self._worker, stage, native.run_lowered, target, folder, feeds, self._threads)
+            facts.update(said)
+            return outputs  # type: ignore[no-any-return]
+
+        outputs, adversarial = self._also_adversarial(self.feeds, run)
+        return dataclasses.replace(self.outcome(outputs, facts), adversarial=adversarial)
+
+    def _also_adversarial(
+        self, feeds: list[Arrays], run: Callable[[list[Arrays]], list[Arrays]]
+    ) -> tuple[list[Arrays], list[Arrays] | None]:
+        """Runs `feeds` and the adversarial inputs in one call, which loads the model once; a failure of the latter is no failure."""
+        extremes = list(self._data.adversarial.values())
+        if not extremes:
+            return run(feeds), None
+        try:
+            outputs = run([*feeds, *extremes])
+        except LoweringError:
+            return run(feeds), None
+        return outputs[: len(feeds)], outputs[len(feeds) :]
 
 
 def in_worker(worker: Worker, stage: str, function, *arguments):  # type: ignore[no-untyped-def]

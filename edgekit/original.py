@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from edgekit.adversarial import adversarial_batches
 from edgekit.contracts import Arrays
 from edgekit.data import Data, declared_inputs, load_data
 from edgekit.errors import EdgekitError, LoweringError, SourceError, TraceError, UnsupportedOpError
 from edgekit.evaluate import Evaluator, Outcome
 from edgekit.graph.check import check_model
+from edgekit.graph.cost import cost
 from edgekit.graph.files import spill_weights
 from edgekit.graph.opset import to_opset
 from edgekit.graph.precision import graph_precision
@@ -46,6 +48,7 @@ class Original:
         baseline: The graph that its latency is measured on: what the exporter gives by default, or the file as it was given.
         data: The user's data in the shapes of its inputs.
         reference: Its own outputs on the calibration batches: PyTorch's, or ONNX Runtime's on the file as it was given.
+        reference_adversarial: Its own outputs on the adversarial inputs; None where there are none.
         outcome: What its graph computes in ONNX Runtime.
         notes: What the report must say.
     """
@@ -57,6 +60,7 @@ class Original:
     reference: list[Arrays]
     outcome: Outcome
     notes: list[str] = field(default_factory=list)
+    reference_adversarial: list[Arrays] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class Opener:
             seed=self.recipe.seed,
             statistics=source.image_statistics,
         )
+        data.adversarial = adversarial_batches(declared_inputs(model), self.recipe.seed, cost(model).macs)
         return data, Evaluator(self.worker, data, self.folder, self.threads)
 
     def _from_graph(self, source: Source) -> Original:
@@ -137,7 +142,8 @@ class Opener:
                 raise SourceError(
                     error.what, where=self.recipe.model, fix="check it by `python -m onnx.checker FILE`, or export the model again"
                 ) from error
-        return Original(source, model, model, data, outcome.outputs, outcome, notes)
+            notes += _keep_runnable(data, outcome.adversarial)
+        return Original(source, model, model, data, outcome.outputs, outcome, notes, outcome.adversarial)
 
     def _from_module(self, source: Source) -> Original:
         failures: list[EdgekitError] = []
@@ -161,10 +167,28 @@ class Opener:
             input_names = [str(value.name) for value in traced.model.graph.inputs]
             output_names = [str(value.name) for value in traced.model.graph.outputs]
             reference = run_module(source, data.calibration, input_names, output_names)
+            extremes = _run_adversarial(source, data, input_names, output_names)
+            notes += _keep_runnable(data, extremes)
             outcome = evaluator.run(traced.model, "check trace")
             _assert_traced(traced, reference, outcome)
         notes += [f"{failure.what}; the {exporter} exporter was used" for failure in failures]
-        return Original(source, traced.model, traced.baseline, data, reference, outcome, notes)
+        return Original(source, traced.model, traced.baseline, data, reference, outcome, notes, extremes)
+
+
+def _run_adversarial(source: Source, data: Data, input_names: list[str], output_names: list[str]) -> list[Arrays] | None:
+    """The module's outputs on the adversarial inputs; None where it fails on one, which calls for no error: nobody gave them."""
+    try:
+        return run_module(source, list(data.adversarial.values()), input_names, output_names) or None
+    except TraceError:
+        return None
+
+
+def _keep_runnable(data: Data, outputs: list[Arrays] | None) -> list[str]:
+    """Drops the adversarial inputs where the original gave no outputs on them, and says so."""
+    if outputs is not None or not data.adversarial:
+        return []
+    data.adversarial = {}
+    return ["the original model fails on adversarial inputs (zeros, large magnitudes or denormals): parity was not measured on them"]
 
 
 def _assert_traced(traced: Traced, reference: list[Arrays], outcome: Outcome) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from edgekit import specs
+from edgekit.adversarial import findings
 from edgekit.contracts import Context, Effect, Pass, Refusal
-from edgekit.errors import EdgekitError, LoweringError, PassError, UnsupportedOpError
+from edgekit.errors import EdgekitError, LoweringError, ParityError, PassError, UnsupportedOpError
 from edgekit.evaluate import Evaluator, Outcome
+from edgekit.graph.census import WholeNode, census, losses, whole_nodes
 from edgekit.graph.cost import Cost, cost
 from edgekit.graph.precision import graph_precision
 from edgekit.graph.shapes import infer_shapes
 from edgekit.metrics import MetricDifference, difference
+from edgekit.parity_table import ParityTable
 from edgekit.progress import Reporter
 from edgekit.verify import Parity, assert_close, compare
 
@@ -33,8 +36,11 @@ class PassResult:
         parity: Its outputs against the graph before it; None where it changed nothing.
         cost: Of the graph after it.
         metric: Accuracy after it and the difference to the uncompressed model; None without labels.
+        census_before: Whole operators of the graph before it, by name.
+        census_after: The same after it.
         refusals: Places that nearly matched.
         undone: Why it was taken back, or None.
+        warnings: What it did on adversarial inputs beyond rounding.
     """
 
     spec: str
@@ -44,8 +50,11 @@ class PassResult:
     parity: Parity | None
     cost: Cost
     metric: MetricDifference | None
+    census_before: dict[str, int] = field(default_factory=dict)
+    census_after: dict[str, int] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
     undone: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ def run_passes(
     base: Outcome,
     reporter: Reporter,
     budget: Budget | None = None,
+    table: ParityTable | None = None,
 ) -> tuple[ir.Model, Outcome, list[PassResult]]:
     """Applies `passes` in order.
 
@@ -92,14 +102,17 @@ def run_passes(
         base: The uncompressed model's outcome.
         reporter: Told of each pass.
         budget: The accuracy budget, if there is one.
+        table: Gets a row a pass that is kept.
 
     Returns:
         The rewritten graph, its outcome, and what each pass did.
 
     Raises:
-        ParityError: An EXACT pass changed the numbers; it is named.
+        ParityError: An EXACT pass changed the numbers, or made them NaN or infinite on an adversarial input; it is named.
+        PassError: A pass failed, or an EXACT one broke a whole operator that it does not declare to remove.
     """
-    before = base
+    table = ParityTable(evaluator.adversarial) if table is None else table
+    before, wholes = base, whole_nodes(model)
     results = []
     for item in passes:
         spec = specs.format_spec(item.name, item)
@@ -109,16 +122,26 @@ def run_passes(
             start = time.perf_counter()
             rewrites = _apply(item, spec, model, context)
             seconds = time.perf_counter() - start
-            parity, undone, after = None, None, before
+            parity, undone, after, found, warnings = None, None, before, wholes, ()
             if rewrites:
+                found = whole_nodes(model)
+                _hold_whole(item, spec, wholes, found)
                 infer_shapes(model)
                 after = _run(evaluator, model, spec)
-                parity = _judge(item, spec, before, after, graph_precision(model))
+                precision = graph_precision(model)
+                parity = _judge(item, spec, before, after, precision)
+                warnings = _judge_adversarial(item, spec, evaluator.adversarial, before, after, precision)
                 if budget is not None and kept is not None and (undone := budget.exceeded(base, after)):
-                    model, after = kept, before
+                    model, after, found, warnings = kept, before, wholes, ()
+            if undone is None:
+                table.add(spec, after, parity)
             metric = difference(base.test, after.test) if base.test is not None and after.test is not None else None
-            results.append(PassResult(spec, item.effect, rewrites, seconds, parity, cost(model), metric, tuple(context.refusals), undone))
-            before = after
+            counts = census(wholes), census(found)
+            refusals = tuple(context.refusals)
+            results.append(
+                PassResult(spec, item.effect, rewrites, seconds, parity, cost(model), metric, *counts, refusals, undone, warnings)
+            )
+            before, wholes = after, found
     return model, before, results
 
 
@@ -142,6 +165,48 @@ def _run(evaluator: Evaluator, model: ir.Model, spec: str) -> Outcome:
         raise PassError(
             f"pass '{spec}' left a graph that does not run: {error.what}", where=error.where, fix="leave the pass out, or correct it"
         ) from error
+
+
+def _hold_whole(item: Pass, spec: str, before: list[WholeNode], after: list[WholeNode]) -> None:
+    """Holds an EXACT pass to the whole operators that it found.
+
+    Raises:
+        PassError: It lost one that it does not declare to remove.
+    """
+    if item.effect is not Effect.EXACT or not (lost := losses(before, after, item.removes)):
+        return
+    gone = [f"{loss.operator} '{name}'" for loss in lost for name in loss.gone]
+    raise PassError(
+        f"pass '{spec}' broke whole operators into parts: {', '.join(map(str, lost))}",
+        where=", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "") or None,
+        fix="leave the pass out; where it removes the computation itself, its class must name the operator in `removes`",
+    )
+
+
+def _judge_adversarial(
+    item: Pass, spec: str, kinds: Sequence[str], before: Outcome, after: Outcome, precision: str
+) -> tuple[str, ...]:
+    """What a pass did on adversarial inputs, for the report; of an APPROXIMATE one only lost values are worth a word.
+
+    Raises:
+        ParityError: An EXACT pass made finite values NaN or infinite.
+    """
+    if before.adversarial is None:
+        return ()
+    stage = f"pass '{spec}'"
+    if after.adversarial is None:
+        return (f"the graph does not run on adversarial inputs after {stage}",)
+    found = findings(kinds, before.adversarial, after.adversarial, stage=stage, precision=precision)
+    if item.effect is Effect.APPROXIMATE:
+        return tuple(finding.text for finding in found if finding.lost)
+    for finding in found:
+        if finding.lost:
+            raise ParityError(
+                finding.text,
+                where=f"adversarial input '{finding.kind}'",
+                fix="leave the pass out, or report it with the model: an exact pass must not narrow the range of its graph",
+            )
+    return tuple(finding.text for finding in found)
 
 
 def _judge(item: Pass, spec: str, before: Outcome, after: Outcome, precision: str) -> Parity:

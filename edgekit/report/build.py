@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from edgekit.evaluate import Outcome
 from edgekit.graph.cost import Cost
 from edgekit.metrics import Metric, difference
 from edgekit.original import Original
+from edgekit.parity_table import ParityRow
 from edgekit.pipeline import PassResult
 from edgekit.progress import StageTime
 from edgekit.recipe import Recipe
@@ -32,6 +33,7 @@ class Compiled:
         lowered: The artifact's outcome.
         parity: The artifact's outputs against the original model's own.
         precision: The lowest precision that anything in the artifact computes in.
+        parity_table: The rows of the parity table.
         latency: The dictionary `latency`, or None where it was not measured.
     """
 
@@ -42,6 +44,7 @@ class Compiled:
     lowered: Outcome
     parity: Parity
     precision: str
+    parity_table: list[ParityRow] = field(default_factory=list)
     latency: dict[str, Any] | None = None
 
 
@@ -78,6 +81,7 @@ def build_report(
         "stages": [{"name": stage.name, "seconds": round(stage.seconds, 4)} for stage in stages],
         "canonical": {"parity": compiled.canonical.to_dict()},
         "passes": [_pass(result) for result in compiled.passes],
+        "parity_table": [row.to_dict() for row in compiled.parity_table],
         "artifact": {
             "path": ".",
             "precision": compiled.precision,
@@ -119,6 +123,7 @@ def _pass(result: PassResult) -> dict[str, Any]:
         "macs": result.cost.macs,
         "bytes": result.cost.bytes,
         "metric": None if result.metric is None else result.metric.to_dict(),
+        "census": {"before": result.census_before, "after": result.census_after},
         "refusals": [{"where": refusal.where, "why": refusal.why} for refusal in result.refusals],
         "undone": result.undone,
     }

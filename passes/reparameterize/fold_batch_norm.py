@@ -37,6 +37,7 @@ class FoldBatchNorm(Pass):
     name: ClassVar[str] = "fold-batch-norm"
     effect: ClassVar[Effect] = Effect.EXACT
     default_order: ClassVar[int | None] = 10
+    removes: ClassVar[frozenset[str]] = frozenset({"BatchNormalization"})
 
     def apply(self, model: ir.Model, context: Context) -> int:
         """Folds every batch norm of the main graph that can be; returns how many."""

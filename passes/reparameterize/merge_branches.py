@@ -51,6 +51,7 @@ class MergeBranches(Pass):
     name: ClassVar[str] = "merge-branches"
     effect: ClassVar[Effect] = Effect.EXACT
     default_order: ClassVar[int | None] = 20
+    removes: ClassVar[frozenset[str]] = frozenset({"BatchNormalization", "Conv"})
 
     def apply(self, model: ir.Model, context: Context) -> int:
         """Merges in every sum of the main graph; returns how many convolutions took the place of branches, plus zeros dropped elsewhere."""
