@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import edgekit
+
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "numpy", "sklearn", "PIL", "psutil", "cloudpickle")
-
-
-def edgekit(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from edgekit.cli.app import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compile", "--help"], ["--version"]])
