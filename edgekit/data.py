@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +20,7 @@ from edgekit.source import import_object
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_LARGEST_INPUT = 2**31
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
@@ -88,6 +90,7 @@ def load_data(
     Raises:
         DataError: The data cannot be read or does not fit the inputs.
     """
+    _require_bounded(declared)
     if origin is None:
         return _noise(declared, calibration, seed)
     if not isinstance(origin, str):
@@ -113,6 +116,15 @@ def load_data(
         f"there is no data '{origin}'",
         fix=f"{nearest(origin, contracts.datasets.names())}; or a folder of images, FILE.npz, package.module:iterable",
     )
+
+
+def _require_bounded(declared: dict[str, Declared]) -> None:
+    for name, what in declared.items():
+        if (size := math.prod(what.shape) * what.dtype.itemsize) > _LARGEST_INPUT:
+            raise DataError(
+                f"one input '{name}' {list(what.shape)} takes {size:,} bytes, the limit is {_LARGEST_INPUT:,}",
+                fix="pin the input to a smaller shape, or correct the model",
+            )
 
 
 def _noise(declared: dict[str, Declared], calibration: int, seed: int) -> Data:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _OLDEST_RUNNABLE_OPSET = 7
 """ONNX Runtime has few kernels for operators of earlier opsets."""
 
+_NEWEST_RUNNABLE_IR_VERSION = 13
+"""ONNX Runtime looks at the number alone; onnx writes its own newest, whatever the model needs."""
+
 
 @dataclass
 class Original:
@@ -123,6 +126,7 @@ class Opener:
             if model is not source.model:
                 source.model = model
                 gc.collect()  # a graph is a web of cycles: the weights in memory go only now
+            model.ir_version = min(model.ir_version, _NEWEST_RUNNABLE_IR_VERSION)
             model.graph.sort()  # a file may list its nodes in any order; everything from here on reads them in this one
             pin_inputs(model, pins(model, self.inputs))
             if (opset := model.opset_imports.get("", _OLDEST_RUNNABLE_OPSET)) < _OLDEST_RUNNABLE_OPSET:

@@ -222,6 +222,11 @@ def test_external_data_beside_an_old_file_is_read(tmp_path: Path, worker: Worker
     np.testing.assert_allclose(artifact.run({"image": image})["logits"], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_newest_ir_version_is_no_obstacle(tmp_path: Path, worker: Worker) -> None:
+    path = changed(tmp_path, _set("ir_version", onnx.IR_VERSION))
+    assert run(tmp_path, worker, path).report["artifact"]["parity"]["max_abs_error"] < 1e-4
+
+
 class Payload:
     """Leaves a file behind when it is unpickled."""
 
