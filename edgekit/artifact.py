@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from edgekit.errors import SourceError
 from edgekit.evaluate import in_worker
 from edgekit.isolation import Worker
 from edgekit.machine import available_threads
+from edgekit.native import Timed
 from edgekit.profile.host import latency
 from edgekit.recipe import Recipe, load_recipe
 from edgekit.verify import Parity, assert_close, compare
@@ -111,11 +112,29 @@ class Artifact:
         """
         check_files(self.path, self.report)
         kept = load_parity(self.path / PARITY)
-        folders = {"result": self.path}
+        timed = {"result": Timed(self.target, self.path, kept.inputs[0])}
         if (self.path / BASELINE).is_dir():
-            folders["baseline"] = self.path / BASELINE
+            dtypes = {item["name"]: item["dtype"] for item in self.report["model"]["inputs"]}
+            feed = {name: array.astype(dtypes[name]) for name, array in kept.inputs[0].items()}
+            timed["baseline"] = Timed(uncompressed(self.target), self.path / BASELINE, feed)
         with Worker() as worker:
-            return latency(worker, self.target, folders, kept.inputs[0], self.threads, budget_s, max_runs, self.recipe.seed)
+            return latency(worker, timed, self.threads, budget_s, max_runs, self.recipe.seed)
+
+
+def uncompressed(target: Target) -> Target:
+    """The target at its full precision, which is what a baseline is lowered at."""
+    return replace(target, precision=target.precisions[0])
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder is one that a compile wrote, and holds nothing else: only then may another compile replace it."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        native_files = {name.split("/")[0] for name in report["artifact"]["files"]}
+        known = isinstance(report["schema"], int)
+        return known and {entry.name for entry in folder.iterdir()} <= {*native_files, *_OWN_FILES, BASELINE}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def open_artifact(path: Path) -> Artifact:

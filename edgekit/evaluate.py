@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import onnx_ir as ir
 
 from edgekit import metrics, native
 from edgekit.contracts import Arrays
-from edgekit.data import Data
+from edgekit.data import Data, declared_inputs
 from edgekit.errors import LoweringError
 from edgekit.graph.files import save_model
+from edgekit.graph.precision import graph_precision
 from edgekit.isolation import Worker, WorkerDiedError, WorkerRaisedError
 from edgekit.staging import FULL, full_error
 
@@ -67,7 +69,7 @@ class Evaluator:
         return outcome
 
     def run(self, model: ir.Model, stage: str, labelled: bool = True) -> Outcome:
-        """Runs a graph in ONNX Runtime.
+        """Runs a graph in ONNX Runtime, or in the interpreter where it holds values of half precision.
 
         Args:
             model: The graph.
@@ -81,11 +83,18 @@ class Evaluator:
         files = save_model(model, path)
         try:
             feeds = self.feeds if labelled else self._data.calibration
-            outputs = in_worker(self._worker, stage, native.run_onnx, path, feeds, self._threads)
+            run = native.run_rounded if graph_precision(model) in ("fp16", "bf16") else native.run_onnx
+            outputs = in_worker(self._worker, stage, run, path, cast_feeds(feeds, model), self._threads)
         finally:
             for file in files:
                 file.unlink(missing_ok=True)
         return self.outcome(outputs) if labelled else Outcome(outputs)
+
+
+def cast_feeds(feeds: Sequence[Arrays], model: ir.Model) -> list[Arrays]:
+    """The feeds in the dtypes of the graph's inputs, which a pass may have changed (`to-float16{keep_io=false}`)."""
+    dtypes = {name: declared.dtype for name, declared in declared_inputs(model).items()}
+    return [{name: array.astype(dtypes[name], copy=False) for name, array in feed.items()} for feed in feeds]
 
 
 def in_worker(worker: Worker, stage: str, function, *arguments):  # type: ignore[no-untyped-def]

@@ -7,13 +7,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from edgekit import specs
 from edgekit.contracts import Context, Effect, Pass, Refusal
-from edgekit.errors import EdgekitError, LoweringError, PassError, UnsupportedOpError
+from edgekit.errors import EdgekitError, LoweringError, PassError, UnsupportedOpError, UsageError
 from edgekit.evaluate import Evaluator, Outcome
 from edgekit.graph.cost import Cost, cost
+from edgekit.graph.fingerprint import fingerprint
 from edgekit.graph.precision import graph_precision
 from edgekit.graph.shapes import infer_shapes
 from edgekit.metrics import MetricDifference, difference
@@ -58,6 +60,18 @@ class Budget:
     """
 
     max_drop: float
+
+    def require_measure(self, base: Outcome) -> None:
+        """Checks that there is something to measure the budget by.
+
+        Raises:
+            UsageError: There are neither labels nor class scores.
+        """
+        if base.selection is None and compare(base.outputs, base.outputs).top1_agreement is None:
+            raise UsageError(
+                "--max-drop needs something to measure by: labels, or an output of class scores [B, K]",
+                fix="give --data with labels, or leave --max-drop out and read the parity of each pass",
+            )
 
     def exceeded(self, base: Outcome, now: Outcome) -> str | None:
         """Says by how much the budget is exceeded, or None."""
@@ -106,15 +120,27 @@ def run_passes(
         with reporter.stage(f"pass {spec}"):
             kept = model.clone() if budget is not None and item.effect is Effect.APPROXIMATE else None
             context = dataclasses.replace(context, refusals=[])
+            state = fingerprint(model)
             start = time.perf_counter()
             rewrites = _apply(item, spec, model, context)
             seconds = time.perf_counter() - start
             parity, undone, after = None, None, before
+            if not rewrites and fingerprint(model) != state:
+                raise PassError(
+                    f"pass '{spec}' changed the graph and says that it rewrote nothing",
+                    where=f"{type(item).__module__}.{type(item).__qualname__}",
+                    fix="let its `apply` return the number of places that it rewrote",
+                )
             if rewrites:
                 infer_shapes(model)
                 after = _run(evaluator, model, spec)
                 parity = _judge(item, spec, before, after, graph_precision(model))
-                if budget is not None and kept is not None and (undone := budget.exceeded(base, after)):
+                undone = budget.exceeded(base, after) if budget is not None else None
+                if lost := _lost_values(before, after):
+                    if kept is None:
+                        raise PassError(f"pass '{spec}' {lost}", fix="keep the nodes that overflow in float32, or leave the pass out")
+                    undone = f"it {lost}"
+                if undone is not None and kept is not None:
                     model, after = kept, before
             metric = difference(base.test, after.test) if base.test is not None and after.test is not None else None
             results.append(PassResult(spec, item.effect, rewrites, seconds, parity, cost(model), metric, tuple(context.refusals), undone))
@@ -142,6 +168,15 @@ def _run(evaluator: Evaluator, model: ir.Model, spec: str) -> Outcome:
         raise PassError(
             f"pass '{spec}' left a graph that does not run: {error.what}", where=error.where, fix="leave the pass out, or correct it"
         ) from error
+
+
+def _lost_values(before: Outcome, after: Outcome) -> str | None:
+    """Says where outputs that were finite became NaN or infinite, or None."""
+    for earlier, later in zip(before.outputs, after.outputs, strict=True):
+        for name, array in later.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all() and np.isfinite(earlier[name]).all():
+                return f"gives NaN or infinity in output '{name}', which was finite before it"
+    return None
 
 
 def _judge(item: Pass, spec: str, before: Outcome, after: Outcome, precision: str) -> Parity:

@@ -72,6 +72,11 @@ class Recipe:
         """
         name, options = specs.split_spec(self.target)
         cls = contracts.targets.get(name)
+        if options.get("precision", self.precision) != self.precision and self.precision != "fp32":
+            raise RecipeError(
+                f"two precisions are asked for: {self.precision}, and {options['precision']} in '{self.target}'",
+                fix="leave one of them out",
+            )
         return specs.make(cls, {"precision": self.precision, **options}, f"target '{name}'")
 
     def make_passes(self) -> list[Pass]:

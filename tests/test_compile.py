@@ -141,6 +141,57 @@ def test_float16_halves_the_weights_and_is_measured(tiny: Path) -> None:
     assert [item["dtype"] for item in artifact.report["model"]["inputs"]] == ["float32"]
 
 
+def test_float16_inputs_and_outputs(tiny: Path, tmp_path: Path) -> None:
+    for target in TARGETS:
+        artifact = compile(tiny, target=target, passes=["to-float16{keep_io=false}"], timing=Timing(0.2), out=tmp_path / target)
+        assert [item["dtype"] for item in artifact.report["artifact"]["inputs"]] == ["float16"]
+        outputs = artifact.run({"image": np.ones((1, 3, 8, 8), np.float16)})
+        assert outputs["logits"].dtype == np.float16
+        assert open_artifact(tmp_path / target).verify().sqnr_db > 30
+        assert artifact.profile(budget_s=0.1)["speedup"] is not None
+
+
+def test_an_overflow_of_float16_is_seen(tmp_path: Path) -> None:
+    text = (
+        '<ir_version: 10, opset_import: ["" : 18]> g (float[1, 4] x) => (float[1, 4] y) <float a = {30000}> { z = Mul(x, a) y = Mul(z, a) }'
+    )
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "large.onnx")
+    with pytest.raises(ParityError, match="to-float16.*NaN or infinity"):
+        compile(tmp_path / "large.onnx", target="onnxruntime", passes=["to-float16"], timing=QUICK)
+    report = compile(tmp_path / "large.onnx", target="onnxruntime", passes=["to-float16"], max_drop=0.0, timing=QUICK).report
+    assert "infinity" in report["passes"][0]["undone"]
+
+
+def test_a_budget_needs_something_to_measure(tmp_path: Path) -> None:
+    text = '<ir_version: 10, opset_import: ["" : 18]> g (float[1, 2, 4] x) => (float[1, 2, 4] y) { y = Relu(x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "map.onnx")
+    with pytest.raises(UsageError, match="something to measure"):
+        compile(tmp_path / "map.onnx", target="onnxruntime", passes=["to-float16"], max_drop=0.0, timing=QUICK)
+
+
+def test_force_keeps_what_only_looks_like_an_artifact(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "project"
+    compile(tiny, target="onnxruntime", timing=QUICK, out=out)
+    compile(tiny, target="onnxruntime", timing=QUICK, out=out, force=True)
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not an artifact"):
+        compile(tiny, target="onnxruntime", timing=QUICK, out=out, force=True)
+    assert (out / "precious.txt").exists()
+
+
+def test_a_baseline_that_the_target_refuses_is_left_out(tmp_path: Path) -> None:
+    # 2 ** 40 does not fit OpenVINO's int32; the canonical graph has folded it away.
+    text = (
+        '<ir_version: 10, opset_import: ["" : 18]> g (float[1, 4] x) => (float[1, 4] y) <int64[1] big = {1099511627776}, int64[1] one = {1}> '
+        "{ d = Div(big, big) s = Mul(d, one) f = Cast<to = 1>(s) y = Mul(x, f) }"
+    )
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "big.onnx")
+    report = compile(tmp_path / "big.onnx", target="openvino", timing=Timing(0.2)).report
+    jsonschema.validate(report, SCHEMA)
+    assert report["latency"]["baseline_median_ms"] is None
+    assert any("could not be timed" in note for note in report["notes"])
+
+
 @register_pass
 @dataclass(frozen=True)
 class Scramble(Pass):
@@ -191,8 +242,12 @@ def test_the_budget_is_held_by_the_artifact_too(tiny: Path, tmp_path: Path, monk
 def test_precisions_of_openvino(tiny: Path) -> None:
     for precision in ("fp16", "bf16"):
         report = compile(tiny, target="openvino", precision=precision, timing=QUICK).report
-        assert report["artifact"]["precision"] == precision
-        assert report["target"]["facts"]["executed_precision"]
+        executed = report["target"]["facts"]["executed_precision"]
+        assert report["target"]["precision"] == precision
+        assert report["artifact"]["precision"] == ("fp16" if precision == "fp16" else executed)  # fp16 weights, whatever computes
+        assert any("was asked for" in note for note in report["notes"]) == (executed != precision)
+    with pytest.raises(UsageError, match="two precisions"):
+        compile(tiny, target='openvino{precision="fp16"}', precision="bf16", timing=QUICK)
     with pytest.raises(UsageError, match="fp16"):
         compile(tiny, target="onnxruntime", precision="fp16", timing=QUICK)
 
