@@ -359,10 +359,8 @@ def _describe(tally: _Tally, verdict: _Verdict) -> str:
     if math.isinf(verdict.error):
         return "NaN or infinity on one side only"
     channel = "" if verdict.channel is None else f" in channel {verdict.channel}"
-    return (
-        f"max abs error {verdict.error:.3g}{channel}, allowed {verdict.allowed:.3g}"
-        f" ({verdict.kind.relative:g} of the largest magnitude, {tally.scale:.3g} in the whole output; at least {verdict.kind.absolute:.3g})"
-    )
+    limit = f"{verdict.kind.relative:g} of the largest magnitude, {tally.scale:.3g} in the whole output"
+    return f"max abs error {verdict.error:.3g}{channel}, allowed {verdict.allowed:.3g} ({limit}; at least {verdict.kind.absolute:.3g})"
 
 
 def _parity(tallies: Sequence[_Tally]) -> Parity:

@@ -26,6 +26,7 @@ from edgekit.recipe import load_recipe
 
 SCHEMA = json.loads((Path(edgekit.__file__).parent / "report" / "schema.json").read_text())
 QUICK = Timing(0)
+HEADER = '<ir_version: 10, opset_import: ["" : 18]> '
 TARGETS = ["openvino", "onnxruntime"]
 
 
@@ -152,18 +153,16 @@ def test_float16_inputs_and_outputs(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_an_overflow_of_float16_is_seen(tmp_path: Path) -> None:
-    text = (
-        '<ir_version: 10, opset_import: ["" : 18]> g (float[1, 4] x) => (float[1, 4] y) <float a = {30000}> { z = Mul(x, a) y = Mul(z, a) }'
-    )
+    text = HEADER + "g (float[1, 4] x) => (float[1, 4] y) <float a = {30000}> { z = Mul(x, a) y = Mul(z, a) }"
     onnx.save(onnx.parser.parse_model(text), tmp_path / "large.onnx")
-    with pytest.raises(ParityError, match="to-float16.*NaN or infinity"):
+    with pytest.raises(ParityError, match=r"to-float16.*NaN or infinity"):
         compile(tmp_path / "large.onnx", target="onnxruntime", passes=["to-float16"], timing=QUICK)
     report = compile(tmp_path / "large.onnx", target="onnxruntime", passes=["to-float16"], max_drop=0.0, timing=QUICK).report
     assert "infinity" in report["passes"][0]["undone"]
 
 
 def test_a_budget_needs_something_to_measure(tmp_path: Path) -> None:
-    text = '<ir_version: 10, opset_import: ["" : 18]> g (float[1, 2, 4] x) => (float[1, 2, 4] y) { y = Relu(x) }'
+    text = HEADER + "g (float[1, 2, 4] x) => (float[1, 2, 4] y) { y = Relu(x) }"
     onnx.save(onnx.parser.parse_model(text), tmp_path / "map.onnx")
     with pytest.raises(UsageError, match="something to measure"):
         compile(tmp_path / "map.onnx", target="onnxruntime", passes=["to-float16"], max_drop=0.0, timing=QUICK)
@@ -182,7 +181,7 @@ def test_force_keeps_what_only_looks_like_an_artifact(tiny: Path, tmp_path: Path
 def test_a_baseline_that_the_target_refuses_is_left_out(tmp_path: Path) -> None:
     # 2 ** 40 does not fit OpenVINO's int32; the canonical graph has folded it away.
     text = (
-        '<ir_version: 10, opset_import: ["" : 18]> g (float[1, 4] x) => (float[1, 4] y) <int64[1] big = {1099511627776}, int64[1] one = {1}> '
+        HEADER + "g (float[1, 4] x) => (float[1, 4] y) <int64[1] big = {1099511627776}, int64[1] one = {1}> "
         "{ d = Div(big, big) s = Mul(d, one) f = Cast<to = 1>(s) y = Mul(x, f) }"
     )
     onnx.save(onnx.parser.parse_model(text), tmp_path / "big.onnx")
