@@ -292,7 +292,7 @@ def _measure(
         except (LoweringError, UnsupportedOpError, ParityError) as error:
             shutil.rmtree(folder)
             original.notes.append(f"the uncompressed model could not be timed beside the result: {error.what}")
-    with reporter.stage("latency"):
+    with reporter.stage("latency", timing.budget_s):
         return latency(worker, timed, threads, timing.budget_s, timing.max_runs, seed)
 
 

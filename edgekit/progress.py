@@ -23,9 +23,9 @@ class Reporter:
         self.stages: list[StageTime] = []
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Marks the stage `name`; a stage that raises is not kept."""
-        self.started(name)
+    def stage(self, name: str, seconds: float | None = None) -> Iterator[None]:
+        """Marks the stage `name`, which takes `seconds` where that is known before; a stage that raises is not kept."""
+        self.started(name, seconds)
         start = time.perf_counter()
         yield
         done = StageTime(name, time.perf_counter() - start)
@@ -35,8 +35,8 @@ class Reporter:
     def expect(self, stages: int) -> None:
         """Is told how many stages there will be."""
 
-    def started(self, name: str) -> None:
-        """Is told that a stage began."""
+    def started(self, name: str, seconds: float | None) -> None:
+        """Is told that a stage began, and how long it takes where that is known."""
 
     def finished(self, stage: StageTime) -> None:
         """Is told that a stage ended."""

@@ -165,7 +165,7 @@ def profile(
 
     with _reporter(quiet or as_json) as reporter:
         reporter.expect(1)
-        with reporter.stage("latency"):
+        with reporter.stage("latency", seconds):
             latency = open_artifact(artifact).profile(budget_s=seconds, max_runs=runs)
     if as_json:
         _print_json(latency)
