@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -246,6 +245,17 @@ def _print_json(value: Any) -> None:
 
 @contextlib.contextmanager
 def _reporter(quiet: bool) -> Iterator[Reporter]:
+    """Tells how far the work has come, and stops it between two stages after a signal."""
+    from edgekit.cli.interrupts import Interrupts
+
+    interrupts = Interrupts()
+    with interrupts.handled(), _display(quiet) as reporter:
+        reporter.check = interrupts.check
+        yield reporter
+
+
+@contextlib.contextmanager
+def _display(quiet: bool) -> Iterator[Reporter]:
     if quiet:
         from edgekit.progress import Reporter
 
@@ -261,13 +271,8 @@ def _reporter(quiet: bool) -> Iterator[Reporter]:
         yield PlainReporter()
 
 
-def _terminated(signum: int, frame: object) -> NoReturn:
-    sys.exit(128 + signum)  # unwinds, so that half-written folders are removed
-
-
 def main() -> None:
     """Runs the command line; every error that bad input can cause ends in a message and an exit code of its own."""
-    signal.signal(signal.SIGTERM, _terminated)
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
     try:
         app()  # exits by itself: 0, 2 on a wrong command line, 130 when interrupted
