@@ -38,7 +38,7 @@ from edgekit.graph.precision import graph_precision, lowest
 from edgekit.graph.shapes import infer_shapes
 from edgekit.inputs import parse_inputs
 from edgekit.isolation import Worker
-from edgekit.machine import available_threads, version, versions
+from edgekit.machine import available_threads, install_command, version, versions
 from edgekit.native import Timed
 from edgekit.original import Opener, Original
 from edgekit.pipeline import Budget, PassResult, run_passes
@@ -176,7 +176,8 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
     # Everything that may have been mistyped is looked at before anything slow.
     recipe = job.recipe
     target = recipe.make_target()
-    passes = recipe.make_passes() if job.passes is None else list(job.passes)
+    notes: list[str] = []
+    passes = recipe.make_passes(notes) if job.passes is None else list(job.passes)
     inputs = parse_inputs(recipe.inputs)
     _require_installed(target)
     recipe = dataclasses.replace(recipe, passes=tuple(specs.format_spec(item.name, item) for item in passes))
@@ -189,6 +190,7 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder)))
         opener = Opener(recipe, inputs, recipe.data if job.data is None else job.data, scratch, threads, worker, reporter)
         original = opener.open(job.module)
+        original.notes += notes
         evaluator = Evaluator(worker, original.data, scratch, threads)
         compiled = _optimize_and_lower(recipe, target, passes, original, evaluator, folder, threads, worker, reporter)
         if job.timing.budget_s:
@@ -308,8 +310,6 @@ def _lower_baseline(original: Original, baseline: Timed, threads: int, worker: W
 
 
 def _require_installed(target: Target) -> None:
-    for package in target.requires:
-        if version(package) is None:
-            raise MissingToolError(
-                f"target '{target.name}' needs the package '{package}'", fix=f"pip install -c constraints.txt 'edgekit[{target.extra}]'"
-            )
+    missing = [package for package in target.requires if version(package) is None]
+    if missing:
+        raise MissingToolError(f"target '{target.name}' needs the package '{missing[0]}'", fix=install_command(target.extra, missing))

@@ -54,18 +54,24 @@ class Evaluator:
 
     @property
     def feeds(self) -> list[Arrays]:
-        """All batches in the order that `outcome` takes the outputs in: calibration, selection, test."""
-        return [*self._data.calibration, *self._data.selection, *self._data.test]
+        """The batches in the order that `outcome` takes the outputs in: calibration, then those of selection and test that are others."""
+        feeds = list(self._data.calibration)
+        known = {id(feed) for feed in feeds}
+        for feed in (*self._data.selection, *self._data.test):
+            if id(feed) not in known:
+                known.add(id(feed))
+                feeds.append(feed)
+        return feeds
 
     def outcome(self, outputs: list[Arrays], facts: dict[str, str] | None = None) -> Outcome:
         """Splits outputs on `feeds` into those of the calibration batches and the labelled parts' correctness."""
         data = self._data
-        first, second = len(data.calibration), len(data.calibration) + len(data.selection)
-        outcome = Outcome(outputs[:first], facts=facts)
+        of_feed = {id(feed): output for feed, output in zip(self.feeds, outputs, strict=True)}
+        outcome = Outcome(outputs[: len(data.calibration)], facts=facts)
         if data.selection_labels is not None:
-            outcome.selection = metrics.top1(outputs[first:second], data.selection_labels)
+            outcome.selection = metrics.top1([of_feed[id(feed)] for feed in data.selection], data.selection_labels)
         if data.test_labels is not None:
-            outcome.test = metrics.top1(outputs[second:], data.test_labels)
+            outcome.test = metrics.top1([of_feed[id(feed)] for feed in data.test], data.test_labels)
         return outcome
 
     def run(self, model: ir.Model, stage: str, labelled: bool = True) -> Outcome:

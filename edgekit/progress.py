@@ -38,8 +38,10 @@ class Reporter:
         self.check()
         self.started(name, seconds)
         start = time.perf_counter()
-        yield
-        self.check()
+        try:
+            yield
+        finally:
+            self.check()  # whatever was raised may be what somebody's code made of an interrupt
         done = StageTime(name, time.perf_counter() - start)
         self.stages.append(done)
         self.finished(done)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jsonschema
 import numpy as np
@@ -14,10 +16,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import edgekit
 from edgekit.artifact import open_artifact
+from edgekit.cli.inspect import inspect_model
+from edgekit.cli.show import report_table
 from edgekit.compiler import Job, Timing, compile, run_job
 from edgekit.contracts import Context, Effect, Pass, register_pass
 from edgekit.errors import BudgetError, EdgekitError, LoweringError, ParityError, SourceError, UsageError
@@ -39,6 +44,8 @@ def test_zoo_models_keep_their_accuracy(name: str, target: str) -> None:
     assert report["artifact"]["metric"]["samples"] == 597
     assert report["artifact"]["metric"]["value"] >= 0.975
     assert report["artifact"]["metric"]["difference"] == 0.0
+    assert report["data"]["held_out"]
+    assert "597 held-out samples" in printed(report)
     assert report["artifact"]["parity"]["max_abs_error"] < 1e-3
     assert report["latency"]["runs"] >= 5
     if name == "mobileone_digits":
@@ -47,6 +54,24 @@ def test_zoo_models_keep_their_accuracy(name: str, target: str) -> None:
         assert merged["rewrites"] > 0
         assert merged["parameters"] < report["model"]["parameters"]
         assert merged["macs"] < report["model"]["macs"]
+
+
+def printed(report: dict[str, Any]) -> str:
+    """What the terminal shows of a report, in one line."""
+    console = Console(file=io.StringIO(), width=80)
+    console.print(report_table(report))
+    return " ".join(console.file.getvalue().split())
+
+
+def test_accuracy_on_the_calibration_inputs_is_called_so(tiny: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tiny.parent / "d.npz", image=rng.normal(0.3, 1, (20, 3, 8, 8)), labels=rng.integers(0, 4, 20))
+    report = compile(tiny, target="onnxruntime", data=str(tiny.parent / "d.npz"), timing=QUICK).report
+    jsonschema.validate(report, SCHEMA)
+    assert report["data"]["held_out"] is False
+    assert report["artifact"]["metric"]["samples"] == 20
+    assert "20 samples, the calibration inputs among them" in printed(report)
+    assert "held-out" not in printed(report)
 
 
 class Branches(nn.Module):
@@ -104,11 +129,26 @@ def test_the_recipe_repeats_the_compile(tiny: Path, tmp_path: Path, worker) -> N
     assert (tmp_path / "a" / "optimized.onnx").read_bytes() == (tmp_path / "b" / "optimized.onnx").read_bytes()
 
 
+DAMAGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda report: [report.pop(key) for key in list(report) if key != "schema"], "no entry 'artifact'"),
+    (lambda report: report.pop("model"), "no entry 'model'"),
+    (lambda report: report["artifact"].pop("precision"), "no entry 'precision'"),
+    (lambda report: report["artifact"].update(precision="fp7"), "fp7"),
+    (lambda report: report["artifact"].update(files=[]), "damaged"),
+    (lambda report: report["artifact"]["files"].update({"model.bin": {"bytes": "7"}}), "no entry 'sha256'|not of type int"),
+    (lambda report: report["model"]["inputs"][0].update(dtype="float7"), "float7"),
+    (lambda report: report["model"].update(inputs=[3]), "damaged"),
+]
+"""Changes of a report, and what is said of the entries that are then missing or wrong."""
+
+
 def test_an_artifact_opens_and_is_checked_again(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     compile(tiny, target="openvino", timing=Timing(0.3), out=out)
     artifact = open_artifact(out)
     assert artifact.verify().sqnr_db > 80
+    assert artifact.report["artifact"]["path"] == str(out)
+    assert json.loads((out / "report.json").read_text())["artifact"]["path"] == "."
     latency = artifact.profile(budget_s=0.3)
     assert latency["speedup_ci95"][0] <= latency["speedup"] <= latency["speedup_ci95"][1]
     weights = out / "model.bin"
@@ -127,6 +167,12 @@ def test_an_artifact_opens_and_is_checked_again(tiny: Path, tmp_path: Path) -> N
     (out / "report.json").write_text(json.dumps({**report, "schema": 99}))
     with pytest.raises(SourceError, match="schema 99"):
         open_artifact(out)
+    for change, says in DAMAGES:
+        damaged = json.loads(json.dumps(report))
+        change(damaged)
+        (out / "report.json").write_text(json.dumps(damaged))
+        with pytest.raises(SourceError, match=says):
+            open_artifact(out)
     (out / "report.json").write_text("{")
     with pytest.raises(SourceError, match="cannot be read"):
         open_artifact(out)
@@ -264,8 +310,33 @@ def test_symbolic_dimensions_are_pinned(tmp_path: Path) -> None:
     assert "--input image:" in str(caught.value)
     report = compile(path, target="onnxruntime", inputs=["image:2,3,10,8"], timing=QUICK).report
     assert report["model"]["inputs"][0]["shape"] == [2, 3, 10, 8]
+    assert not any("dynamic" in note for note in report["notes"])
     with pytest.raises(EdgekitError, match="image"):
         compile(path, target="onnxruntime", inputs=["image:2,5,10,8"], timing=QUICK)
+
+
+def test_a_batch_axis_that_was_set_to_1_is_noted(tmp_path: Path) -> None:
+    text = (
+        HEADER + "g (float[batch, 4] x, float[batch, 4] y, float[2, 4] w) => (float[m, 4] z) { s = Add(x, y) z = Concat<axis = 0>(s, w) }"
+    )
+    path = tmp_path / "dynamic.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    report = compile(path, target="onnxruntime", timing=QUICK).report
+    notes = [f"the first dimension of '{name}' is dynamic: it was set to 1 (--input {name}:N,4 sets another)" for name in "xy"]
+    assert [note for note in report["notes"] if "dynamic" in note] == notes
+    assert inspect_model(str(path), [], None, 0)["notes"] == notes
+    assert inspect_model(str(path), ["x:3,4"], None, 0)["notes"] == []  # the same name is the same size
+
+
+def test_damaged_kept_inputs(tiny: Path, tmp_path: Path) -> None:
+    artifact = compile(tiny, target="onnxruntime", timing=QUICK, out=tmp_path / "out")
+    with np.load(tmp_path / "out" / "parity.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    for kept in ({}, {name: array for name, array in arrays.items() if not name.startswith("expected/0")}):
+        np.savez(tmp_path / "out" / "parity.npz", **kept)
+        for check in (artifact.verify, artifact.profile):
+            with pytest.raises(SourceError, match="not complete"):
+                check()
 
 
 def test_a_compiler_that_crashes_is_survived(tiny: Path, tmp_path: Path) -> None:

@@ -87,3 +87,5 @@ def test_8_missing_tool(tiny: Path) -> None:
     refused(
         tiny.parent, 8, "'openvino'", "pip install", arguments=("compile", "tiny.onnx", "-t", "openvino", "-o", "new/out"), before=before
     )
+    says = ("'onnxruntime'", "pip install -c constraints.txt onnxruntime")  # it belongs to no extra
+    refused(tiny.parent, 8, *says, arguments=("compile", "tiny.onnx", *QUICK), before=before)

@@ -80,7 +80,11 @@ def build_report(
             "metric": _metric(base.test),
         },
         "target": {"name": target.name, "precision": target.precision, "facts": lowered.facts or {}},
-        "data": {"source": original.data.origin, "calibration": len(original.data.calibration)},
+        "data": {
+            "source": original.data.origin,
+            "calibration": len(original.data.calibration),
+            "held_out": original.data.held_out,
+        },
         "stages": [{"name": stage.name, "seconds": round(stage.seconds, 4)} for stage in stages],
         "canonical": {"parity": compiled.canonical.to_dict()},
         "passes": [_pass(result) for result in compiled.passes],
