@@ -3,8 +3,9 @@
     python -m benchmarks.overhead [--runs 5]
 
 The model is a 12-block ViT of 5.7 M parameters at 224 pixels with random weights. Imports, tracing, the target's compiler
-and the timed runs of the result are not edgekit's and are left out (they are the stages `open`, `trace`, `lower to …` and, of
-`run artifact`, loading): what is left is the sum of the stages printed below. Goal: at most 1.5 s. The whole is repeated, and
+and the timed runs of the result are not edgekit's and are left out (the stages `open`, `trace` and `lower to …`; and of `run artifact`
+the loading, in which OpenVINO compiles for the processor: it is repeated and timed by itself): what is left is the sum of the stages
+printed below. Goal: at most 1.5 s. The whole is repeated, and
 set against one thing that any exporter user pays, `torch.onnx.export` of the same model, timed in the same runs.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import importlib
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +23,24 @@ import torch
 
 from benchmarks.models import deit_tiny_like
 from edgekit.compiler import Job, Timing, run_job
+from edgekit.contracts import Target
 from edgekit.isolation import Worker
+from edgekit.machine import available_threads
 from edgekit.profile.statistics import bootstrap_ratio
 from edgekit.progress import Reporter
 from edgekit.recipe import Recipe
+from edgekit.targets.openvino import OpenVino
 
 GOAL_S = 1.5
 IMPORTED = ("onnxruntime", "openvino", "onnx_ir", "edgekit.native", "edgekit.profile.measure", "edgekit.targets.openvino")
 NOT_OURS = ("open", "trace", "lower to")
+
+
+def load_seconds(target: Target, folder: Path, threads: int) -> float:
+    """Time of loading a lowered model, in which the target's runtime compiles it for this processor."""
+    start = time.perf_counter()
+    target.load(folder, threads)
+    return time.perf_counter() - start
 
 
 def main() -> int:
@@ -53,9 +65,10 @@ def main() -> int:
             if index == 0:
                 continue  # the first run pays for imports and caches
             seconds = {stage.name: stage.seconds for stage in reporter.stages}
-            mine = {name: time for name, time in seconds.items() if not name.startswith(NOT_OURS)}
-            for name, time in mine.items():
-                rows.setdefault(name, []).append(time)
+            mine = {name: spent for name, spent in seconds.items() if not name.startswith(NOT_OURS)}
+            mine["run artifact"] -= worker.call(load_seconds, OpenVino(), Path(folder) / str(index), available_threads())
+            for name, spent in mine.items():
+                rows.setdefault(name, []).append(spent)
             ours.append(sum(mine.values()))
             traces.append(seconds["trace"])
     for name, times in rows.items():

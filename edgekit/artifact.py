@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ import numpy as np
 
 from edgekit import native
 from edgekit.contracts import Arrays, Executable, Target
-from edgekit.errors import SourceError
+from edgekit.errors import SourceError, UsageError
 from edgekit.evaluate import in_worker
 from edgekit.isolation import Worker
 from edgekit.machine import available_threads
+from edgekit.native import Timed
 from edgekit.profile.host import latency
 from edgekit.recipe import Recipe, load_recipe
-from edgekit.verify import Parity, assert_close, compare
+from edgekit.verify import Parity, assert_close, compare, tolerance
 
 BASELINE = "baseline"
 OPTIMIZED = "optimized.onnx"
@@ -46,12 +48,12 @@ class Artifact:
 
     Attributes:
         path: The folder.
-        report: The dictionary of report.json.
+        report: The dictionary of report.json, with the folder's absolute path.
     """
 
     def __init__(self, path: Path, report: dict[str, Any], recipe: Recipe) -> None:
         self.path = path
-        self.report = report
+        self.report = {**report, "artifact": {**report["artifact"], "path": os.path.abspath(path)}}
         self.recipe = recipe
         self.keep: object = None  # a temporary folder lives as long as its artifact
         self._executable: Executable | None = None
@@ -111,11 +113,29 @@ class Artifact:
         """
         check_files(self.path, self.report)
         kept = load_parity(self.path / PARITY)
-        folders = {"result": self.path}
+        timed = {"result": Timed(self.target, self.path, kept.inputs[0])}
         if (self.path / BASELINE).is_dir():
-            folders["baseline"] = self.path / BASELINE
+            dtypes = {item["name"]: item["dtype"] for item in self.report["model"]["inputs"]}
+            feed = {name: array.astype(dtypes[name]) for name, array in kept.inputs[0].items()}
+            timed["baseline"] = Timed(uncompressed(self.target), self.path / BASELINE, feed)
         with Worker() as worker:
-            return latency(worker, self.target, folders, kept.inputs[0], self.threads, budget_s, max_runs, self.recipe.seed)
+            return latency(worker, timed, self.threads, budget_s, max_runs, self.recipe.seed)
+
+
+def uncompressed(target: Target) -> Target:
+    """The target at its full precision, which is what a baseline is lowered at."""
+    return replace(target, precision=target.precisions[0])
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder is one that a compile wrote, and holds nothing else: only then may another compile replace it."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        native_files = {name.split("/")[0] for name in report["artifact"]["files"]}
+        known = isinstance(report["schema"], int)
+        return known and {entry.name for entry in folder.iterdir()} <= {*native_files, *_OWN_FILES, BASELINE}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -143,7 +163,32 @@ def open_artifact(path: Path) -> Artifact:
             where=where,
             fix="compile again, or install its version",
         )
+    _require_entries(report, where)
     return Artifact(path, report, load_recipe(path / RECIPE))
+
+
+def _require_entries(report: dict[str, Any], where: str) -> None:
+    """Checks the entries of a report that `Artifact` reads.
+
+    Raises:
+        SourceError: One is missing, or not of its kind.
+    """
+    try:
+        artifact, inputs = report["artifact"], report["model"]["inputs"]
+        entries: list[tuple[object, type]] = [(artifact["precision"], str)]
+        entries += [(said[key], kind) for said in artifact["files"].values() for key, kind in (("bytes", int), ("sha256", str))]
+        entries += [(item[key], str) for item in inputs for key in ("name", "dtype")]
+        for value, kind in entries:
+            if not isinstance(value, kind):
+                raise TypeError(f"{value!r} is not of type {kind.__name__}")
+        for kind_of_number in (artifact["precision"], *(item["dtype"] for item in inputs)):
+            tolerance(kind_of_number)
+    except KeyError as error:
+        raise SourceError(f"report.json has no entry {error}", where=where, fix="compile again") from error
+    except (TypeError, AttributeError) as error:
+        raise SourceError(f"report.json is damaged: {error}", where=where, fix="compile again") from error
+    except UsageError as error:
+        raise SourceError(f"report.json is damaged: {error.what}", where=where, fix="compile again") from error
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -223,4 +268,6 @@ def load_parity(path: Path) -> KeptParity:
                 parts[part].setdefault(int(index), {})[name] = archive[key]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise SourceError(f"the kept inputs cannot be read: {error}", where=str(path), fix="compile again") from error
+    if not parts["inputs"] or any(parts[name].keys() != parts["inputs"].keys() for name in _PARTS):
+        raise SourceError("the kept inputs are not complete", where=str(path), fix="compile again")
     return KeptParity(*([parts[name][index] for index in sorted(parts[name])] for name in _PARTS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,22 @@ import numpy as np
 
 from edgekit import native, specs
 from edgekit.adversarial import findings
-from edgekit.artifact import BASELINE, OPTIMIZED, PARITY, RECIPE, REPORT, Artifact, KeptParity, save_parity
-from edgekit.contracts import Context, Pass, Target
-from edgekit.errors import BudgetError, LoweringError, MissingToolError
-from edgekit.evaluate import Evaluator, Outcome, in_worker
+from edgekit.artifact import (
+    BASELINE,
+    OPTIMIZED,
+    PARITY,
+    RECIPE,
+    REPORT,
+    Artifact,
+    KeptParity,
+    is_artifact,
+    save_parity,
+    uncompressed,
+)
+from edgekit.contracts import Context, Effect, Pass, Target
+from edgekit.data import declared_inputs
+from edgekit.errors import BudgetError, LoweringError, MissingToolError, ParityError, UnsupportedOpError
+from edgekit.evaluate import Evaluator, Outcome, cast_feeds, in_worker
 from edgekit.graph.canonicalize import canonicalize
 from edgekit.graph.cost import cost
 from edgekit.graph.files import save_model
@@ -26,7 +39,8 @@ from edgekit.graph.precision import graph_precision, lowest
 from edgekit.graph.shapes import infer_shapes
 from edgekit.inputs import parse_inputs
 from edgekit.isolation import Worker
-from edgekit.machine import available_threads, version, versions
+from edgekit.machine import available_threads, install_command, version, versions
+from edgekit.native import Timed
 from edgekit.original import Opener, Original
 from edgekit.parity_table import ParityTable
 from edgekit.pipeline import Budget, PassResult, run_passes
@@ -164,7 +178,8 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
     # Everything that may have been mistyped is looked at before anything slow.
     recipe = job.recipe
     target = recipe.make_target()
-    passes = recipe.make_passes() if job.passes is None else list(job.passes)
+    notes: list[str] = []
+    passes = recipe.make_passes(notes) if job.passes is None else list(job.passes)
     inputs = parse_inputs(recipe.inputs)
     _require_installed(target)
     recipe = dataclasses.replace(recipe, passes=tuple(specs.format_spec(item.name, item) for item in passes))
@@ -172,15 +187,17 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
     reporter.expect(len(passes) + (8 if job.timing.budget_s else 6))
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(Worker()) if worker is None else worker
-        folder = stack.enter_context(staged(out, force))
+        folder = stack.enter_context(staged(out, is_artifact if force else None))
         # Beside what is written, on the same file system: it is removed before the folder is renamed in.
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder)))
         opener = Opener(recipe, inputs, recipe.data if job.data is None else job.data, scratch, threads, worker, reporter)
         original = opener.open(job.module)
+        original.notes += notes
         evaluator = Evaluator(worker, original.data, scratch, threads)
         compiled = _optimize_and_lower(recipe, target, passes, original, evaluator, folder, threads, worker, reporter)
         if job.timing.budget_s:
-            compiled.latency = _measure(original, target, folder, threads, job.timing, recipe.seed, worker, reporter)
+            result = Timed(target, folder, compiled.feed)
+            compiled.latency = _measure(original, result, folder / BASELINE, threads, job.timing, recipe.seed, worker, reporter)
         found = versions(target.requires)
         (folder / RECIPE).write_text(dump_recipe(recipe, found), encoding="utf-8")
         report = build_report(recipe, original, compiled, reporter.stages, found, folder)
@@ -210,6 +227,8 @@ def _optimize_and_lower(
         notes = _adversarial_notes("canonicalize", evaluator, original.outcome, base, graph_precision(graph))
     context = Context(original.data.calibration, target.name, np.random.default_rng(recipe.seed))
     budget = None if recipe.max_drop is None else Budget(recipe.max_drop)
+    if budget is not None:
+        budget.require_measure(base)
     graph, optimized, results = run_passes(graph, passes, context, evaluator, base, reporter, budget, table)
     notes += [warning for result in results for warning in result.warnings]
     stage = f"lower to {target.name}"
@@ -217,14 +236,18 @@ def _optimize_and_lower(
         save_model(graph, folder / OPTIMIZED)
         _lower(worker, stage, target, folder / OPTIMIZED, folder)
     with reporter.stage("run artifact"):
-        lowered = evaluator.run_lowered(target, folder, "run artifact")
-        precision = lowest(graph_precision(graph), target.precision)
+        feeds = cast_feeds(original.data.calibration, graph)
+        lowered = evaluator.run_lowered(target, folder, graph, "run artifact")
+        assert lowered.facts is not None
+        precision = _executed_precision(graph_precision(graph), target, lowered.facts, original.notes)
         stage = f"lowering to {target.name}"
         row = table.add("lowered", lowered, assert_close(optimized.outputs, lowered.outputs, stage=stage, precision=precision))
+        if all(result.parity is None or result.effect is Effect.EXACT for result in results):
+            assert_close(original.reference, lowered.outputs, stage="the whole compile", precision=precision)
         notes += _adversarial_notes(stage, evaluator, optimized, lowered, precision)
         original.notes += notes
         _hold_budget(budget, base, lowered, results)
-        save_parity(folder / PARITY, KeptParity(original.data.calibration, original.reference, optimized.outputs))
+        save_parity(folder / PARITY, KeptParity(feeds, original.reference, optimized.outputs))
     return Compiled(
         original_cost=cost(original.baseline),
         canonical=parity,
@@ -233,6 +256,8 @@ def _optimize_and_lower(
         lowered=lowered,
         parity=row.data.original or compare(original.reference, lowered.outputs),
         precision=precision,
+        inputs=declared_inputs(graph),
+        feed=feeds[0],
         parity_table=table.rows,
     )
 
@@ -257,6 +282,14 @@ def _adversarial_notes(stage: str, evaluator: Evaluator, before: Outcome, after:
     return [finding.text for finding in found]
 
 
+def _executed_precision(graph: str, target: Target, facts: dict[str, str], notes: list[str]) -> str:
+    """The lowest precision that takes part, as the runtime tells of itself; adds a note where it is not the one asked for."""
+    executed = facts.get("executed_precision", target.precision)
+    if executed != target.precision:
+        notes.append(f"{target.precision} was asked for, {target.name} executes in {executed} on this processor")
+    return lowest(graph, executed, facts.get("weights_precision", executed))
+
+
 def _lower(worker: Worker, stage: str, target: Target, source: Path, folder: Path) -> None:
     try:
         in_worker(worker, stage, native.lower, target, source, folder)
@@ -279,23 +312,33 @@ def _hold_budget(budget: Budget | None, base: Outcome, lowered: Outcome, results
 
 
 def _measure(
-    original: Original, target: Target, folder: Path, threads: int, timing: Timing, seed: int, worker: Worker, reporter: Reporter
+    original: Original, result: Timed, folder: Path, threads: int, timing: Timing, seed: int, worker: Worker, reporter: Reporter
 ) -> dict[str, Any]:
-    baseline = folder / BASELINE
+    timed = {"result": result}
     with reporter.stage("lower baseline"):
-        baseline.mkdir()
-        files = save_model(original.baseline, baseline / "source.onnx")
-        _lower(worker, "lower baseline", target, files[0], baseline)
-        for file in files:
-            file.unlink()
-    with reporter.stage("latency"):
-        folders = {"result": folder, "baseline": baseline}
-        return latency(worker, target, folders, original.data.calibration[0], threads, timing.budget_s, timing.max_runs, seed)
+        baseline = Timed(uncompressed(result.target), folder, original.data.calibration[0])
+        try:
+            _lower_baseline(original, baseline, threads, worker)
+            timed["baseline"] = baseline
+        except (LoweringError, UnsupportedOpError, ParityError) as error:
+            shutil.rmtree(folder)
+            original.notes.append(f"the uncompressed model could not be timed beside the result: {error.what}")
+    with reporter.stage("latency", timing.budget_s):
+        return latency(worker, timed, threads, timing.budget_s, timing.max_runs, seed)
+
+
+def _lower_baseline(original: Original, baseline: Timed, threads: int, worker: Worker) -> None:
+    """Lowers the uncompressed model as the exporter gives it by default, and checks that it computes what the original does."""
+    baseline.folder.mkdir()
+    files = save_model(original.baseline, baseline.folder / "source.onnx")
+    _lower(worker, "lower baseline", baseline.target, files[0], baseline.folder)
+    for file in files:
+        file.unlink()
+    outputs, _ = in_worker(worker, "run baseline", native.run_lowered, baseline.target, baseline.folder, [baseline.feed], threads)
+    assert_close(original.reference[:1], outputs, stage="the baseline", precision=graph_precision(original.baseline))
 
 
 def _require_installed(target: Target) -> None:
-    for package in target.requires:
-        if version(package) is None:
-            raise MissingToolError(
-                f"target '{target.name}' needs the package '{package}'", fix=f"pip install -c constraints.txt 'edgekit[{target.extra}]'"
-            )
+    missing = [package for package in target.requires if version(package) is None]
+    if missing:
+        raise MissingToolError(f"target '{target.name}' needs the package '{missing[0]}'", fix=install_command(target.extra, missing))

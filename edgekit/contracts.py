@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -212,17 +212,23 @@ class Registry(Generic[T]):
             raise UsageError(f"unknown {self.kind} '{name}'", fix=nearest(name, self.names()))
         try:
             loaded: T = point.load()
-        except (ImportError, AttributeError) as error:
+        except (Exception, SystemExit) as error:  # importing runs anybody's code
             raise UsageError(
-                f"{self.kind} '{name}' cannot be imported: {error}",
+                f"{self.kind} '{name}' cannot be imported: {type(error).__name__}: {error}",
                 where=f"entry point {point.value} of group {self.group}",
                 fix="reinstall the package that provides it",
             ) from error
         return loaded
 
-    def __iter__(self) -> Iterator[tuple[str, T]]:
+    def load_all(self) -> tuple[dict[str, T], list[UsageError]]:
+        """Returns all things that can be imported, by sorted name, and an error for each that cannot."""
+        found, errors = {}, []
         for name in self.names():
-            yield name, self.get(name)
+            try:
+                found[name] = self.get(name)
+            except UsageError as error:
+                errors.append(error)
+        return found, errors
 
 
 passes: Registry[type[Pass]] = Registry("pass", "edgekit.passes")

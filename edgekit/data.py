@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,13 @@ from edgekit import contracts
 from edgekit.contracts import Arrays
 from edgekit.errors import DataError, EdgekitError, nearest
 from edgekit.graph.shapes import static_shape
-from edgekit.source import import_object
+from edgekit.source import USER_ERRORS, import_object
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from PIL.Image import Image
 
+_LARGEST_INPUT = 2**31
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
@@ -43,7 +47,8 @@ class Data:
         origin: Where the data came from, for the report.
         calibration: Batches for calibration and parity.
         selection: Batches on which a setting may be chosen, with `selection_labels`.
-        test: Batches that only final figures are measured on, with `test_labels`.
+        test: Batches that final figures are measured on, with `test_labels`.
+        held_out: Whether nothing else uses the samples of `test`.
         adversarial: Extreme inputs that every stage also runs on, by kind (see `edgekit.adversarial`).
         notes: What the report must say about the data.
     """
@@ -54,6 +59,7 @@ class Data:
     selection_labels: np.ndarray | None = None
     test: list[Arrays] = field(default_factory=list)
     test_labels: np.ndarray | None = None
+    held_out: bool = False
     adversarial: dict[str, Arrays] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -84,12 +90,13 @@ def load_data(
         origin: As on the command line, or an iterable of samples; None: noise.
         declared: What the graph declares of its inputs.
         calibration: Number of calibration batches.
-        seed: Seed of noise.
+        seed: Seed of noise, and of which images of a folder are taken.
         statistics: Mean and standard deviation per channel for images.
 
     Raises:
         DataError: The data cannot be read or does not fit the inputs.
     """
+    _require_bounded(declared)
     if origin is None:
         return _noise(declared, calibration, seed)
     if not isinstance(origin, str):
@@ -98,7 +105,7 @@ def load_data(
         return _from_dataset(origin, declared, calibration)
     path = Path(origin)
     if path.is_dir():
-        return _from_images(path, declared, calibration, statistics)
+        return _from_images(path, declared, calibration, seed, statistics)
     if path.suffix == ".npz":
         return _from_npz(path, declared, calibration)
     if ":" in origin and not path.exists():
@@ -108,13 +115,22 @@ def load_data(
                 made = made()
             except EdgekitError:
                 raise
-            except Exception as error:  # the user's code
+            except USER_ERRORS as error:
                 raise DataError(f"the data raised {type(error).__name__}: {error}", where=origin, fix="correct it") from error
         return Data(origin, _from_iterable(made, origin, declared, calibration))
     raise DataError(
         f"there is no data '{origin}'",
         fix=f"{nearest(origin, contracts.datasets.names())}; or a folder of images, FILE.npz, package.module:iterable",
     )
+
+
+def _require_bounded(declared: dict[str, Declared]) -> None:
+    for name, what in declared.items():
+        if (size := math.prod(what.shape) * what.dtype.itemsize) > _LARGEST_INPUT:
+            raise DataError(
+                f"one input '{name}' {list(what.shape)} takes {size:,} bytes, the limit is {_LARGEST_INPUT:,}",
+                fix="pin the input to a smaller shape, or correct the model",
+            )
 
 
 def _noise(declared: dict[str, Declared], calibration: int, seed: int) -> Data:
@@ -148,8 +164,13 @@ def _single_input(declared: dict[str, Declared], origin: str) -> tuple[str, Decl
 
 def _batches(arrays: dict[str, np.ndarray], declared: dict[str, Declared], origin: str) -> list[Arrays]:
     """Cuts arrays of samples `[S, ...]` into batches of the size that the graph declares; what does not fill a batch is left out."""
-    sizes = {name: what.shape[0] if what.shape else 1 for name, what in declared.items()}
-    count = min(len(array) // sizes[name] if array.ndim else 0 for name, array in arrays.items())
+    sizes = {name: max(what.shape[0], 1) if what.shape else 1 for name, what in declared.items()}
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len({Fraction(lengths[name], sizes[name]) for name in sizes}) > 1:
+        held = ", ".join(f"{length} of '{name}'" for name, length in lengths.items())
+        wanted = ", ".join(f"{size} of '{name}'" for name, size in sizes.items())
+        raise DataError(f"the arrays do not hold equally many batches: {held}", where=origin, fix=f"give for each batch {wanted}")
+    count = min(lengths[name] // sizes[name] for name in sizes)
     if not count:
         raise DataError("the data holds too few samples for one batch", where=origin, fix=f"give at least {max(sizes.values())}")
     batches = []
@@ -183,9 +204,16 @@ def _cast(array: np.ndarray, what: Declared, name: str, origin: str) -> np.ndarr
     if array.dtype.kind in "fV" or what.dtype.kind in "fV":
         if array.dtype.kind not in "fiuV" or what.dtype.kind not in "fV":
             raise DataError(f"'{name}' is {array.dtype}, the model takes {what.dtype}", where=origin, fix=f"convert it to {what.dtype}")
-        if array.dtype.kind in "f" and not np.isfinite(array).all():
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                cast = np.asarray(array, dtype=what.dtype, order="C")
+        except (TypeError, ValueError) as error:  # records, and types that .npz files do not keep, such as bfloat16
+            raise DataError(f"'{name}' is {array.dtype}, not numbers", where=origin, fix=f"convert it to {what.dtype}") from error
+        if not np.isfinite(cast).all():
+            if np.isfinite(array).all():
+                raise DataError(f"values of '{name}' do not fit {what.dtype}", where=origin, fix="scale them, or remove these samples")
             raise DataError(f"'{name}' holds NaN or infinite values", where=origin, fix="remove these samples")
-        return np.asarray(array, dtype=what.dtype, order="C")
+        return cast
     cast = array.astype(what.dtype)
     if not np.array_equal(cast, array):
         raise DataError(f"values of '{name}' do not fit {what.dtype}", where=origin, fix=f"convert the data to {what.dtype}")
@@ -193,7 +221,13 @@ def _cast(array: np.ndarray, what: Declared, name: str, origin: str) -> np.ndarr
 
 
 def _from_dataset(name: str, declared: dict[str, Declared], calibration: int) -> Data:
-    dataset = contracts.datasets.get(name)()
+    make = contracts.datasets.get(name)
+    try:
+        dataset = make()
+    except EdgekitError:
+        raise
+    except USER_ERRORS as error:  # a dataset may be anybody's code
+        raise DataError(f"dataset '{name}' raised {type(error).__name__}: {error}", fix="correct it, or name other data") from error
     input_name, _ = _single_input(declared, name)
     parts = {part: _batches({input_name: array}, declared, name) for part, array in dataset.inputs.items() if part != "train"}
 
@@ -210,6 +244,7 @@ def _from_dataset(name: str, declared: dict[str, Declared], calibration: int) ->
         selection_labels=labels("calibrate"),
         test=parts["test"],
         test_labels=labels("test"),
+        held_out="test" in dataset.labels,
     )
 
 
@@ -231,15 +266,16 @@ def _from_npz(path: Path, declared: dict[str, Declared], calibration: int) -> Da
     batches = _batches({name: arrays[name] for name in declared}, declared, origin)
     data = Data(origin, batches[:calibration])
     if labels is not None:
-        samples = len(batches) * max(what.shape[0] if what.shape else 1 for what in declared.values())
-        if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) < samples:
+        samples = max(len(arrays[name]) for name in declared)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != samples:
             raise DataError(
                 f"'labels' must be {samples} whole numbers, it is {labels.dtype} {list(labels.shape)}",
                 where=origin,
                 fix="one class a sample",
             )
         data.selection = data.test = batches
-        data.selection_labels = data.test_labels = labels[:samples]
+        whole = len(batches) * max(what.shape[0] if what.shape else 1 for what in declared.values())
+        data.selection_labels = data.test_labels = labels[:whole]
         data.notes.append(f"{origin} has one part: calibration and accuracy use the same samples")
     return data
 
@@ -250,7 +286,7 @@ def _from_iterable(items: Any, origin: str, declared: dict[str, Declared], calib
         batches = [_named(item, origin, declared) for item in islice(items, calibration)]
     except EdgekitError:
         raise
-    except Exception as error:  # the user's code
+    except USER_ERRORS as error:
         raise DataError(f"the data raised {type(error).__name__}: {error}", where=origin, fix="it must be an iterable of arrays") from error
     if not batches:
         raise DataError("the data is empty", where=origin, fix="give at least one sample")
@@ -279,7 +315,11 @@ def _named(item: Any, origin: str, declared: dict[str, Declared]) -> Arrays:
 
 
 def _from_images(
-    folder: Path, declared: dict[str, Declared], calibration: int, statistics: tuple[tuple[float, ...], tuple[float, ...]] | None
+    folder: Path,
+    declared: dict[str, Declared],
+    calibration: int,
+    seed: int,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None,
 ) -> Data:
     origin = str(folder)
     name, what = _single_input(declared, origin)
@@ -293,19 +333,24 @@ def _from_images(
     notes = []
     if statistics is None and what.dtype.kind == "f":
         notes.append("the mean and deviation that the model expects of images are not known: pixels were scaled to 0..1")
-    images = np.stack([_image(path, what, statistics) for path in files[: calibration * what.shape[0]]])
+    # The first files in order are often all of one class.
+    taken = np.random.default_rng(seed).choice(len(files), min(calibration * what.shape[0], len(files)), replace=False)
+    images = np.stack([_image(files[index], what, statistics) for index in sorted(taken)])
     return Data(origin, _batches({name: images}, declared, origin), notes=notes)
 
 
 def _image(path: Path, what: Declared, statistics: tuple[tuple[float, ...], tuple[float, ...]] | None) -> np.ndarray:
-    """Reads an image as `[C, H, W]`: the shorter side resized, the centre cropped, scaled to 0..1 and normalized."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """Reads an image as `[C, H, W]`: turned upright, the shorter side resized, the centre cropped, scaled to 0..1 and normalized."""
+    from PIL import Image, ImageOps
 
     _, channels, height, width = what.shape
     try:
         with Image.open(path) as opened:
-            image = ImageOps.fit(opened.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            image = _eight_bit(ImageOps.exif_transpose(opened), path).convert("L" if channels == 1 else "RGB")
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    except DataError:
+        raise
+    except Exception as error:  # broken files raise many kinds
         raise DataError(f"the image cannot be read: {error}", where=str(path), fix="remove or replace it") from error
     pixels = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
     if what.dtype.kind == "u":
@@ -315,3 +360,16 @@ def _image(path: Path, what: Declared, statistics: tuple[tuple[float, ...], tupl
         mean, deviation = (np.asarray(values, dtype=np.float64).reshape(-1, 1, 1) for values in statistics)
         scaled = (scaled - mean) / deviation
     return scaled.astype(what.dtype)
+
+
+def _eight_bit(image: Image, path: Path) -> Image:
+    """Scales 16 bits a pixel to 8, which PIL's own conversion would cut off at 255."""
+    if image.mode.startswith("I;16"):
+        from PIL.Image import fromarray
+
+        return fromarray(np.round(np.asarray(image) / 257.0).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            "the image has 32 bits a pixel, whose range is not known", where=str(path), fix="save it with 8 or 16 bits, or as an .npz"
+        )
+    return image

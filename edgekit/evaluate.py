@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,10 @@ import onnx_ir as ir
 
 from edgekit import metrics, native
 from edgekit.contracts import Arrays, Target
-from edgekit.data import Data
+from edgekit.data import Data, declared_inputs
 from edgekit.errors import LoweringError
 from edgekit.graph.files import save_model
+from edgekit.graph.precision import graph_precision
 from edgekit.isolation import Worker, WorkerDiedError, WorkerRaisedError
 from edgekit.staging import FULL, full_error
 
@@ -62,22 +62,28 @@ class Evaluator:
 
     @property
     def feeds(self) -> list[Arrays]:
-        """All batches in the order that `outcome` takes the outputs in: calibration, selection, test."""
-        return [*self._data.calibration, *self._data.selection, *self._data.test]
+        """The batches in the order that `outcome` takes the outputs in: calibration, then those of selection and test that are others."""
+        feeds = list(self._data.calibration)
+        known = {id(feed) for feed in feeds}
+        for feed in (*self._data.selection, *self._data.test):
+            if id(feed) not in known:
+                known.add(id(feed))
+                feeds.append(feed)
+        return feeds
 
     def outcome(self, outputs: list[Arrays], facts: dict[str, str] | None = None) -> Outcome:
         """Splits outputs on `feeds` into those of the calibration batches and the labelled parts' correctness."""
         data = self._data
-        first, second, third = itertools.accumulate(map(len, (data.calibration, data.selection, data.test)))
-        outcome = Outcome(outputs[:first], facts=facts)
+        of_feed = {id(feed): output for feed, output in zip(self.feeds, outputs, strict=True)}
+        outcome = Outcome(outputs[: len(data.calibration)], facts=facts)
         if data.selection_labels is not None:
-            outcome.selection = metrics.top1(outputs[first:second], data.selection_labels)
+            outcome.selection = metrics.top1([of_feed[id(feed)] for feed in data.selection], data.selection_labels)
         if data.test_labels is not None:
-            outcome.test = metrics.top1(outputs[second:third], data.test_labels)
+            outcome.test = metrics.top1([of_feed[id(feed)] for feed in data.test], data.test_labels)
         return outcome
 
     def run(self, model: ir.Model, stage: str, labelled: bool = True) -> Outcome:
-        """Runs a graph in ONNX Runtime.
+        """Runs a graph in ONNX Runtime, or in the interpreter where it holds values of half precision.
 
         Args:
             model: The graph.
@@ -91,21 +97,25 @@ class Evaluator:
         files = save_model(model, path)
         try:
             feeds = self.feeds if labelled else self._data.calibration
-            outputs, adversarial = self._also_adversarial(
-                feeds, lambda feeds: in_worker(self._worker, stage, native.run_onnx, path, feeds, self._threads)
-            )
+            run = native.run_rounded if graph_precision(model) in ("fp16", "bf16") else native.run_onnx
+
+            def call(feeds: list[Arrays]) -> list[Arrays]:
+                return in_worker(self._worker, stage, run, path, cast_feeds(feeds, model), self._threads)  # type: ignore[no-any-return]
+
+            outputs, adversarial = self._also_adversarial(feeds, call)
         finally:
             for file in files:
                 file.unlink(missing_ok=True)
         outcome = self.outcome(outputs) if labelled else Outcome(outputs)
         return dataclasses.replace(outcome, adversarial=adversarial)
 
-    def run_lowered(self, target: Target, folder: Path, stage: str) -> Outcome:
-        """Runs what `target` wrote into `folder`; arguments and errors as of `run`."""
+    def run_lowered(self, target: Target, folder: Path, model: ir.Model, stage: str) -> Outcome:
+        """Runs what `target` wrote into `folder` for `model`; other arguments and errors as of `run`."""
         facts: dict[str, str] = {}
 
         def run(feeds: list[Arrays]) -> list[Arrays]:
-            outputs, said = in_worker(self._worker, stage, native.run_lowered, target, folder, feeds, self._threads)
+            cast = cast_feeds(feeds, model)
+            outputs, said = in_worker(self._worker, stage, native.run_lowered, target, folder, cast, self._threads)
             facts.update(said)
             return outputs  # type: ignore[no-any-return]
 
@@ -124,6 +134,12 @@ class Evaluator:
         except LoweringError:
             return run(feeds), None
         return outputs[: len(feeds)], outputs[len(feeds) :]
+
+
+def cast_feeds(feeds: Sequence[Arrays], model: ir.Model) -> list[Arrays]:
+    """The feeds in the dtypes of the graph's inputs, which a pass may have changed (`to-float16{keep_io=false}`)."""
+    dtypes = {name: declared.dtype for name, declared in declared_inputs(model).items()}
+    return [{name: array.astype(dtypes[name], copy=False) for name, array in feed.items()} for feed in feeds]
 
 
 def in_worker(worker: Worker, stage: str, function, *arguments):  # type: ignore[no-untyped-def]

@@ -39,6 +39,12 @@ def version(package: str) -> str | None:
         return None
 
 
+def install_command(extra: str, packages: Iterable[str]) -> str:
+    """The command that installs what a target lacks: the extra of edgekit that it declares, or the packages themselves."""
+    wanted = f"'edgekit[{extra}]'" if extra else " ".join(packages)
+    return f"pip install -c constraints.txt {wanted}"
+
+
 def versions(more: Iterable[str] = ()) -> dict[str, str]:
     """Versions of Python and of the packages that decide what a compile gives; those not installed are left out."""
     found = {"python": platform.python_version()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,26 @@ def run_onnx(path: Path, feeds: Sequence[Arrays], threads: int) -> list[Arrays]:
         ) from error
 
 
+def run_rounded(path: Path, feeds: Sequence[Arrays], threads: int) -> list[Arrays]:
+    """Runs an ONNX file in edgekit's interpreter, which rounds every value to the type that the graph gives it, once per feed.
+
+    ONNX Runtime has few kernels of half precision for processors: it computes such graphs in float32, and what they lose or where
+    they overflow would not be seen.
+
+    Raises:
+        UnsupportedOpError: The interpreter does not know an operator.
+    """
+    import torch
+
+    from edgekit.graph.interpreter import Interpreter
+    from edgekit.graph.interpreter.values import to_array
+
+    torch.set_num_threads(threads)
+    interpreter = Interpreter(path)
+    with torch.no_grad():
+        return [{name: to_array(value) for name, value in interpreter(feed).items()} for feed in feeds]
+
+
 def lower(target: Target, onnx_path: Path, folder: Path) -> None:
     """Lowers an ONNX file into `folder` by `target`, legalized first."""
     import onnx_ir as ir
@@ -64,14 +85,20 @@ def run_lowered(target: Target, folder: Path, feeds: Sequence[Arrays], threads: 
     return [executable.run(feed) for feed in feeds], dict(executable.facts)
 
 
-def time_lowered(
-    target: Target, folders: dict[str, Path], feed: Arrays, threads: int, budget_s: float, max_runs: int, seed: int
-) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Timed:
+    """A lowered model that is timed: the target that it was lowered by, its folder, and an input of its own dtypes."""
+
+    target: Target
+    folder: Path
+    feed: Arrays
+
+
+def time_lowered(timed: dict[str, Timed], threads: int, budget_s: float, max_runs: int, seed: int) -> dict[str, np.ndarray]:
     """Times several lowered models in turn in one process; returns milliseconds per run, `[runs]` each, by name."""
     from functools import partial
 
     from edgekit.profile.measure import time_in_turn
 
-    loaded = {name: target.load(folder, threads) for name, folder in folders.items()}
-    candidates = {name: partial(executable.run, feed) for name, executable in loaded.items()}
+    candidates = {name: partial(one.target.load(one.folder, threads).run, one.feed) for name, one in timed.items()}
     return time_in_turn(candidates, budget_s=budget_s, max_runs=max_runs, rng=np.random.default_rng(seed))

@@ -21,7 +21,7 @@ from edgekit.graph.cost import cost
 from edgekit.graph.files import spill_weights
 from edgekit.graph.opset import to_opset
 from edgekit.graph.precision import graph_precision
-from edgekit.graph.shapes import infer_shapes, pin_inputs
+from edgekit.graph.shapes import infer_shapes, pin_inputs, static_shape
 from edgekit.inputs import InputSpec
 from edgekit.isolation import Worker
 from edgekit.progress import Reporter
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 _OLDEST_RUNNABLE_OPSET = 7
 """ONNX Runtime has few kernels for operators of earlier opsets."""
+
+_NEWEST_RUNNABLE_IR_VERSION = 13
+"""ONNX Runtime looks at the number alone; onnx writes its own newest, whatever the model needs."""
 
 
 @dataclass
@@ -128,8 +131,9 @@ class Opener:
             if model is not source.model:
                 source.model = model
                 gc.collect()  # a graph is a web of cycles: the weights in memory go only now
+            model.ir_version = min(model.ir_version, _NEWEST_RUNNABLE_IR_VERSION)
             model.graph.sort()  # a file may list its nodes in any order; everything from here on reads them in this one
-            pin_inputs(model, pins(model, self.inputs))
+            notes += pin(model, self.inputs)
             if (opset := model.opset_imports.get("", _OLDEST_RUNNABLE_OPSET)) < _OLDEST_RUNNABLE_OPSET:
                 model = to_opset(model, OPSET)
                 notes.append(f"the file is of opset {opset}, older than ONNX Runtime supports: parity refers to its form in opset {OPSET}")
@@ -208,6 +212,19 @@ def pins(model: ir.Model, inputs: Sequence[InputSpec]) -> dict[str, tuple[tuple[
     if len(inputs) == 1 and not inputs[0].name and len(model.graph.inputs) == 1:
         return {str(model.graph.inputs[0].name): (inputs[0].shape, inputs[0].dtype)}
     return {spec.name: (spec.shape, spec.dtype) for spec in inputs}
+
+
+def pin(model: ir.Model, inputs: Sequence[InputSpec]) -> list[str]:
+    """Makes the graph's inputs static by the user's shapes; returns a note where a dynamic first dimension, given by nobody, became 1."""
+    given = pins(model, inputs)
+    open_ones = [value for value in model.graph.inputs if value.name not in given and value.shape and not isinstance(value.shape[0], int)]
+    pin_inputs(model, given)
+    shapes = {str(value.name): static_shape(value) or () for value in open_ones}
+    return [
+        f"the first dimension of '{name}' is dynamic: it was set to 1 (--input {name}:{','.join(['N', *map(str, shape[1:])])} sets another)"
+        for name, shape in shapes.items()
+        if shape[0] == 1
+    ]
 
 
 def example_pins(model: ir.Model, source: Source) -> dict[str, tuple[tuple[int, ...], str | None]]:

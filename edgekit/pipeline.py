@@ -7,15 +7,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from edgekit import specs
 from edgekit.adversarial import findings
 from edgekit.contracts import Context, Effect, Pass, Refusal
-from edgekit.errors import EdgekitError, LoweringError, ParityError, PassError, UnsupportedOpError
+from edgekit.errors import EdgekitError, LoweringError, ParityError, PassError, UnsupportedOpError, UsageError
 from edgekit.evaluate import Evaluator, Outcome
 from edgekit.graph.census import WholeNode, census, losses, whole_nodes
 from edgekit.graph.cost import Cost, cost
+from edgekit.graph.fingerprint import fingerprint
 from edgekit.graph.precision import graph_precision
 from edgekit.graph.shapes import infer_shapes
 from edgekit.metrics import MetricDifference, difference
@@ -68,6 +70,18 @@ class Budget:
 
     max_drop: float
 
+    def require_measure(self, base: Outcome) -> None:
+        """Checks that there is something to measure the budget by.
+
+        Raises:
+            UsageError: There are neither labels nor class scores.
+        """
+        if base.selection is None and compare(base.outputs, base.outputs).top1_agreement is None:
+            raise UsageError(
+                "--max-drop needs something to measure by: labels, or an output of class scores [B, K]",
+                fix="give --data with labels, or leave --max-drop out and read the parity of each pass",
+            )
+
     def exceeded(self, base: Outcome, now: Outcome) -> str | None:
         """Says by how much the budget is exceeded, or None."""
         if base.selection is not None and now.selection is not None:
@@ -119,10 +133,18 @@ def run_passes(
         with reporter.stage(f"pass {spec}"):
             kept = model.clone() if budget is not None and item.effect is Effect.APPROXIMATE else None
             context = dataclasses.replace(context, refusals=[])
+            state = fingerprint(model)
             start = time.perf_counter()
             rewrites = _apply(item, spec, model, context)
             seconds = time.perf_counter() - start
-            parity, undone, after, found, warnings = None, None, before, wholes, ()
+            parity, undone, after, found = None, None, before, wholes
+            warnings: tuple[str, ...] = ()
+            if not rewrites and fingerprint(model) != state:
+                raise PassError(
+                    f"pass '{spec}' changed the graph and says that it rewrote nothing",
+                    where=f"{type(item).__module__}.{type(item).__qualname__}",
+                    fix="let its `apply` return the number of places that it rewrote",
+                )
             if rewrites:
                 found = whole_nodes(model)
                 _hold_whole(item, spec, wholes, found)
@@ -130,9 +152,15 @@ def run_passes(
                 after = _run(evaluator, model, spec)
                 precision = graph_precision(model)
                 parity = _judge(item, spec, before, after, precision)
-                warnings = _judge_adversarial(item, spec, evaluator.adversarial, before, after, precision)
-                if budget is not None and kept is not None and (undone := budget.exceeded(base, after)):
-                    model, after, found, warnings = kept, before, wholes, ()
+                undone = budget.exceeded(base, after) if budget is not None else None
+                if lost := _lost_values(before, after):
+                    if kept is None:
+                        raise PassError(f"pass '{spec}' {lost}", fix="keep the nodes that overflow in float32, or leave the pass out")
+                    undone = f"it {lost}"
+                if undone is not None and kept is not None:
+                    model, after, found = kept, before, wholes
+                else:
+                    warnings = _judge_adversarial(item, spec, evaluator.adversarial, before, after, precision)
             if undone is None:
                 table.add(spec, after, parity)
             metric = difference(base.test, after.test) if base.test is not None and after.test is not None else None
@@ -183,9 +211,7 @@ def _hold_whole(item: Pass, spec: str, before: list[WholeNode], after: list[Whol
     )
 
 
-def _judge_adversarial(
-    item: Pass, spec: str, kinds: Sequence[str], before: Outcome, after: Outcome, precision: str
-) -> tuple[str, ...]:
+def _judge_adversarial(item: Pass, spec: str, kinds: Sequence[str], before: Outcome, after: Outcome, precision: str) -> tuple[str, ...]:
     """What a pass did on adversarial inputs, for the report; of an APPROXIMATE one only lost values are worth a word.
 
     Raises:
@@ -207,6 +233,15 @@ def _judge_adversarial(
                 fix="leave the pass out, or report it with the model: an exact pass must not narrow the range of its graph",
             )
     return tuple(finding.text for finding in found)
+
+
+def _lost_values(before: Outcome, after: Outcome) -> str | None:
+    """Says where outputs that were finite became NaN or infinite, or None."""
+    for earlier, later in zip(before.outputs, after.outputs, strict=True):
+        for name, array in later.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all() and np.isfinite(earlier[name]).all():
+                return f"gives NaN or infinity in output '{name}', which was finite before it"
+    return None
 
 
 def _judge(item: Pass, spec: str, before: Outcome, after: Outcome, precision: str) -> Parity:

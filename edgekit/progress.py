@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
@@ -16,18 +16,32 @@ class StageTime:
     seconds: float
 
 
+def _go_on() -> None:
+    """Never stops anything."""
+
+
 class Reporter:
-    """Keeps the stages and says nothing; the command line's reporters override the three hooks."""
+    """Keeps the stages and says nothing; the command line's reporters override the three hooks.
+
+    Attributes:
+        stages: The finished stages.
+        check: Called around each stage; raises where the work is to stop.
+    """
 
     def __init__(self) -> None:
         self.stages: list[StageTime] = []
+        self.check: Callable[[], None] = _go_on
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Marks the stage `name`; a stage that raises is not kept."""
-        self.started(name)
+    def stage(self, name: str, seconds: float | None = None) -> Iterator[None]:
+        """Marks the stage `name`, which takes `seconds` where that is known before; a stage that raises is not kept."""
+        self.check()
+        self.started(name, seconds)
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        finally:
+            self.check()  # whatever was raised may be what somebody's code made of an interrupt
         done = StageTime(name, time.perf_counter() - start)
         self.stages.append(done)
         self.finished(done)
@@ -35,8 +49,8 @@ class Reporter:
     def expect(self, stages: int) -> None:
         """Is told how many stages there will be."""
 
-    def started(self, name: str) -> None:
-        """Is told that a stage began."""
+    def started(self, name: str, seconds: float | None) -> None:
+        """Is told that a stage began, and how long it takes where that is known."""
 
     def finished(self, stage: StageTime) -> None:
         """Is told that a stage ended."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from edgekit.errors import RecipeError
 
 IN_MEMORY = "(in memory) "
 """Prefix of `Recipe.model` for a module that was handed over in Python: such a recipe names it but cannot open it."""
+
+_SEEDS = 2**63
+"""TOML and PyTorch hold seeds in 64 bits with a sign."""
 
 _MOST_THREADS = 4096
 """Runtimes take any number, and run out of memory."""
@@ -61,8 +66,8 @@ class Recipe:
             raise RecipeError(f"threads = {self.threads} is more than {_MOST_THREADS}", fix="give 0 for all threads, or their number")
         if self.max_drop is not None and not 0.0 <= self.max_drop < math.inf:
             raise RecipeError(f"max_drop = {self.max_drop:g} is not a number from 0", fix="give percentage points, such as 0.5")
-        if self.seed < 0:
-            raise RecipeError(f"seed = {self.seed} is negative", fix="give a whole number from 0")
+        if not 0 <= self.seed < _SEEDS:
+            raise RecipeError(f"seed = {self.seed} is not a whole number from 0 to 2^63 - 1", fix="give one of those")
 
     def make_target(self) -> Target:
         """Makes the target.
@@ -72,22 +77,33 @@ class Recipe:
         """
         name, options = specs.split_spec(self.target)
         cls = contracts.targets.get(name)
+        if options.get("precision", self.precision) != self.precision and self.precision != "fp32":
+            raise RecipeError(
+                f"two precisions are asked for: {self.precision}, and {options['precision']} in '{self.target}'",
+                fix="leave one of them out",
+            )
         return specs.make(cls, {"precision": self.precision, **options}, f"target '{name}'")
 
-    def make_passes(self) -> list[Pass]:
+    def make_passes(self, notes: list[str] | None = None) -> list[Pass]:
         """Makes the passes in order; without `passes`, those of the default recipe.
+
+        Args:
+            notes: Told of passes that cannot be imported, which the default recipe leaves out.
 
         Raises:
             RecipeError, UsageError: A pass or one of its options does not exist.
         """
         if self.passes is None:
-            defaults = [cls for _, cls in contracts.passes if cls.default_order is not None]
+            found, errors = contracts.passes.load_all()
+            if notes is not None:
+                notes += [f"{error.what} ({error.where}); the default recipe was made without it" for error in errors]
+            defaults = [cls for cls in found.values() if cls.default_order is not None]
             return [cls() for cls in sorted(defaults, key=lambda cls: (cls.default_order or 0, cls.name))]
         return [specs.make_pass(spec) for spec in self.passes]
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Reads a recipe file.
+    """Reads a recipe file. Relative paths of files beside it become absolute, so that it means the same wherever it is read from.
 
     Raises:
         RecipeError: The file cannot be read, is not TOML, has an unknown key or a value of the wrong type.
@@ -100,13 +116,31 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"the recipe is not valid TOML: {error}", where=str(path), fix="correct the file at that line") from error
     table.pop("versions", None)
     try:
-        return specs.make(Recipe, table, "the recipe")
+        recipe = specs.make(Recipe, table, "the recipe")
     except RecipeError as error:
         raise RecipeError(error.what, where=str(path), fix=error.fix) from error
+    return _with_absolute_paths(recipe, path.parent)
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with every path that leads from `folder` to something made absolute; names of models and datasets stay."""
+
+    def absolute(value: str, names: Sequence[str] = ()) -> str:
+        path = os.path.abspath(folder / value)
+        return path if value and value not in names and os.path.exists(path) else value
+
+    model = absolute(recipe.model, contracts.models.names())
+    return dataclasses.replace(
+        recipe,
+        model=recipe.model if os.path.isdir(model) else model,
+        data=None if recipe.data is None else absolute(recipe.data, contracts.datasets.names()),
+        weights=None if recipe.weights is None else absolute(recipe.weights),
+    )
 
 
 def dump_recipe(recipe: Recipe, versions: dict[str, str]) -> str:
-    """Prints a recipe as TOML that `load_recipe` reads; `versions` are kept for the reader."""
+    """Prints a recipe as TOML that `load_recipe` reads, with paths from the current folder made absolute; `versions` are for the reader."""
+    recipe = _with_absolute_paths(recipe, Path())
     table: dict[str, Any] = {key: value for key, value in dataclasses.asdict(recipe).items() if value is not None}
     for key in ("passes", "inputs"):
         if key in table:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 
+USER_ERRORS = (Exception, SystemExit)
+"""What the user's code raises when it fails; a call of `sys.exit` in it must not end edgekit as if all were done."""
+
+
 @dataclass
 class Source:
     """A model as it came.
@@ -119,7 +123,14 @@ def from_module(module: torch.nn.Module, example_inputs: Any, inputs: Sequence[I
 
 
 def _from_zoo(zoo: ZooModel, inputs: Sequence[InputSpec], seed: int) -> Source:
-    module = zoo.build()
+    try:
+        module = zoo.build()
+    except EdgekitError:
+        raise
+    except USER_ERRORS as error:  # a model of the zoo may be anybody's code
+        raise SourceError(
+            f"the model could not be built: {type(error).__name__}: {error}", where=zoo.name, fix="reinstall the package that provides it"
+        ) from error
     if inputs:
         examples = _example_inputs(module, zoo.name, inputs, seed)
     else:
@@ -214,7 +225,7 @@ def _from_factory(name: str, inputs: Sequence[InputSpec], seed: int) -> Source:
             made = made()
         except EdgekitError:
             raise
-        except Exception as error:
+        except USER_ERRORS as error:
             raise SourceError(
                 f"the factory raised {type(error).__name__}: {error}", where=name, fix="it must be callable without arguments"
             ) from error
@@ -239,7 +250,7 @@ def import_object(name: str, error_class: type[EdgekitError]) -> Any:
         sys.path.insert(0, cwd)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's code
+    except USER_ERRORS as error:
         raise error_class(
             f"'{module_name}' cannot be imported: {type(error).__name__}: {error}",
             where=name,

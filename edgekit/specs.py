@@ -119,15 +119,21 @@ def format_value(value: Any) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """Names a field's type as people write it: `float | list of float`."""
+    """Names a field's type for people: `a number | list of numbers`."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return " | ".join(type_name(arg) for arg in args if arg is not type(None))
     if origin is Literal:
         return " | ".join(format_value(arg) for arg in args)
     if origin is tuple:
-        return f"list of {type_name(args[0])}"
+        return f"list of {_plural(args[0])}"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a quoted string"}.get(annotation, str(annotation))
+
+
+def _plural(annotation: Any) -> str:
+    if get_origin(annotation) is tuple:
+        return f"lists of {_plural(get_args(annotation)[0])}"
+    return {int: "whole numbers", float: "numbers", str: "quoted strings"}.get(annotation, type_name(annotation))
 
 
 def _coerce(value: Any, annotation: Any) -> Any:

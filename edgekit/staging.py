@@ -10,22 +10,19 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 
 from edgekit.errors import OutputError
 
-MARKER = "report.json"
-"""The file by which a folder is known to be an artifact, which `force` may replace."""
-
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a file system says that has no room left, for this file at least."""
 
 
 @contextlib.contextmanager
-def staged(out: Path, force: bool = False) -> Iterator[Path]:
+def staged(out: Path, replaceable: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Gives an empty folder that becomes `out` when the block ends without an error, and vanishes otherwise.
 
     Raises:
@@ -38,12 +35,12 @@ def staged(out: Path, force: bool = False) -> Iterator[Path]:
         try:
             with _making(out):
                 _clear_leftovers(out)
-                _check_free(out, force)
+                _check_free(out, replaceable)
                 created = _missing_parents(out.parent)
                 out.parent.mkdir(parents=True, exist_ok=True)
                 folder.mkdir()
             yield folder
-            _move_in(folder, out, force)
+            _move_in(folder, out)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in created:
@@ -64,12 +61,12 @@ def full_error(place: str, reason: str = "no space is left") -> OutputError:
     return OutputError(f"the disk is full: {reason}", where=place, fix="free some space, or give another place by --out")
 
 
-def _check_free(out: Path, force: bool) -> None:
+def _check_free(out: Path, replaceable: Callable[[Path], bool] | None) -> None:
     if not out.exists() and not out.is_symlink():
         return
-    if not force:
+    if replaceable is None:
         raise OutputError("the output folder exists", where=str(out), fix="give another by --out, or --force to replace it")
-    if not out.is_dir() or out.is_symlink() or not ((out / MARKER).is_file() or not any(out.iterdir())):
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not replaceable(out)):
         raise OutputError(
             "the output place holds something that is not an artifact of edgekit", where=str(out), fix="give another by --out"
         )
@@ -98,14 +95,14 @@ def _clear_leftovers(out: Path) -> None:
             shutil.rmtree(sibling, ignore_errors=True)
 
 
-def _move_in(folder: Path, out: Path, force: bool) -> None:
-    if force and out.exists():
+def _move_in(folder: Path, out: Path) -> None:
+    if out.exists():
         # A rename cannot replace a folder that is not empty: the old one steps aside first.
         old = folder.with_name(folder.name + "-old")
         out.rename(old)
         try:
             folder.rename(out)
-        except OSError:
+        except BaseException:  # an interrupt too: the old one must not stay hidden
             old.rename(out)
             raise
         shutil.rmtree(old, ignore_errors=True)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 
 from edgekit.contracts import Arrays
@@ -59,6 +61,8 @@ def trace(source: Source, exporter: str) -> Traced:
         try:
             model = _EXPORTERS[exporter](source)
         except Exception as error:  # an exporter raises whatever the module's code raises
+            if (interrupt := _interrupt_behind(error)) is not None:
+                raise interrupt from error
             raise TraceError(
                 f"the {exporter} exporter failed: {_reason(error)}",
                 where=source.name,
@@ -98,8 +102,27 @@ def run_module(source: Source, feeds: list[Arrays], input_names: list[str], outp
                     where=source.name,
                     fix="return tensors, or tuples and dictionaries of tensors",
                 )
-            results.append({name: tensor.detach().numpy() for name, tensor in zip(output_names, outputs, strict=True)})
+            results.append({name: _array(tensor) for name, tensor in zip(output_names, outputs, strict=True)})
     return results
+
+
+def _interrupt_behind(error: BaseException | None) -> BaseException | None:
+    """The interrupt that led to an error, if one did: parts of torch turn it into errors of their own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return type(error)(*error.args)
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own
+        return tensor.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.detach().numpy()
 
 
 def _flatten(outputs: Any) -> list[torch.Tensor]:
@@ -210,13 +233,24 @@ def _module_path(node: ir.Node) -> str:
 
 
 def _name_outputs(model: ir.Model) -> None:
-    """Names the graph's outputs `output`, or `output_0`, `output_1` where there are several."""
-    outputs = model.graph.outputs
-    taken = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
-    names = ["output"] if len(outputs) == 1 else [f"output_{position}" for position in range(len(outputs))]
-    for value, name in zip(outputs, names, strict=True):
-        if name not in taken and value.producer() is not None:
-            value.name = name
+    """Names the graph's outputs `output`, or `output_0`, `output_1` where there are several.
+
+    A value that is given out twice, or that no node makes (an input passed through), gets an Identity for each output: one value cannot
+    bear two names.
+    """
+    graph = model.graph
+    taken = {value.name for value in graph.inputs} | set(graph.initializers)
+    names = ["output"] if len(graph.outputs) == 1 else [f"output_{position}" for position in range(len(graph.outputs))]
+    seen: set[ir.Value] = set()
+    for position, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        output = value
+        if value in seen or value.producer() is None:
+            copy = ir.node("Identity", [value], name=f"{name}/Identity")
+            graph.append(copy)
+            graph.outputs[position] = output = copy.outputs[0]
+            output.shape, output.type = value.shape, value.type
+        seen.add(value)
+        output.name = name if name not in taken else f"{name}_"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from edgekit.contracts import Arrays
 from edgekit.errors import ParityError, UsageError, nearest
 
+_CHANNEL_SHARE = 0.2
 LOWEST_SQNR_DB = -1000.0
 """SQNR where the error is unbounded or the reference has no signal, and the least that is ever reported."""
 
@@ -134,13 +135,13 @@ def assert_close(reference: Sequence[Arrays], result: Sequence[Arrays], *, stage
     """
     tallies = _tally(reference, result, stage, same_dtype=True)
     floor = _EXACT if precision is None else tolerance(precision)
-    checked = [(tally, *_limit(tally, floor)) for tally in tallies]
-    exceeded = [check for check in checked if not check[0].max_abs_error <= check[1]]
+    checked = [(tally, _judge(tally, floor)) for tally in tallies]
+    exceeded = [check for check in checked if not check[1].error <= check[1].allowed]
     if exceeded:
-        tally, allowed, kind = max(exceeded, key=lambda check: _ratio(check[0].max_abs_error, check[1]))
+        tally, verdict = max(exceeded, key=lambda check: _ratio(check[1].error, check[1].allowed))
         more = f"; {len(exceeded)} of {len(tallies)} outputs exceed their limit, this one most" if len(exceeded) > 1 else ""
         raise ParityError(
-            f"{stage} changed output '{tally.name}': {_describe(tally, allowed, kind)}{more}",
+            f"{stage} changed output '{tally.name}': {_describe(tally, verdict)}{more}",
             where=f"output '{tally.name}' {tally.dtype}, worst at batch {tally.worst[0]}, index {list(tally.worst[1])}",
             fix="report it with the model: this stage must keep the numbers up to rounding; a pass can be left out meanwhile",
         )
@@ -164,7 +165,8 @@ def outputs_vary(outputs: Sequence[Arrays]) -> bool:
     if any(name in first and array.shape != first[name].shape for other in others for name, array in other.items()):
         return True
     tallies = _tally([first] * len(others), others, "the model", same_dtype=True)
-    return any(tally.max_abs_error > _limit(tally, _EXACT)[0] for tally in tallies)
+    verdicts = [_judge(tally, _EXACT) for tally in tallies]
+    return any(verdict.error > verdict.allowed for verdict in verdicts)
 
 
 def _rows(batch: Arrays) -> int:
@@ -189,6 +191,9 @@ class _Tally:
     aligned: list[tuple[float, float, float]] = field(default_factory=list)  # cosine and both norms, per batch
     samples: int = 0
     agreeing: int = 0
+    channels: bool = True  # whether every batch so far has the same last axis
+    channel_scale: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    channel_error: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
     def exact(self) -> bool:
@@ -222,9 +227,20 @@ class _Tally:
         if not np.isfinite(error).all():
             expected, found, error = _without_non_finite(expected, found, error)
         self.scale = max(self.scale, _largest(expected))
+        self._add_channels(expected, error)
         self.noise = math.hypot(self.noise, _norm(error))
         self.aligned.append((_cosine(expected, found), _norm(expected), _norm(found)))
         return error
+
+    def _add_channels(self, expected: np.ndarray, error: np.ndarray) -> None:
+        length = expected.shape[-1] if expected.ndim >= 2 else 0
+        if not self.channel_scale.size:
+            self.channel_scale, self.channel_error = np.zeros(length), np.zeros(length)
+        self.channels = self.channels and 0 < length == len(self.channel_scale)
+        if self.channels and expected.size:
+            rest = tuple(range(expected.ndim - 1))
+            self.channel_scale = np.maximum(self.channel_scale, np.abs(expected).max(axis=rest))
+            self.channel_error = np.maximum(self.channel_error, error.max(axis=rest))
 
 
 def _tally(reference: Sequence[Arrays], result: Sequence[Arrays], stage: str, *, same_dtype: bool) -> list[_Tally]:
@@ -308,23 +324,43 @@ def _without_non_finite(expected: np.ndarray, found: np.ndarray, error: np.ndarr
     return np.where(finite, expected, 0.0), np.where(finite, found, 0.0), error
 
 
-def _limit(tally: _Tally, floor: Tolerance) -> tuple[float, Tolerance]:
-    """The error that an output is allowed, by the rounding of its own dtype or by `floor`, whichever is more."""
+@dataclass(frozen=True)
+class _Verdict:
+    """The error of an output where it is nearest to, or furthest over, what is allowed there."""
+
+    error: float
+    allowed: float
+    kind: Tolerance
+    channel: int | None = None
+
+
+def _judge(tally: _Tally, floor: Tolerance) -> _Verdict:
+    """Holds an output to the rounding of its own dtype or to `floor`, whichever is more.
+
+    Every channel (position on the last axis) is held to its own magnitude, so that large channels do not hide wrong small ones: boxes
+    in pixels beside scores below 1, say. A channel is allowed a share of what the whole output is, since its values may be small
+    differences of large ones.
+    """
     if tally.exact:
-        return 0.0, _EXACT
+        return _Verdict(tally.max_abs_error, 0.0, _EXACT)
     kinds = tolerance(tally.dtype), floor
-    return max(((max(kind.relative * tally.scale, kind.absolute), kind) for kind in kinds), key=lambda limit: limit[0])
+    kind = max(kinds, key=lambda kind: max(kind.relative * tally.scale, kind.absolute))
+    whole = _Verdict(tally.max_abs_error, max(kind.relative * tally.scale, kind.absolute), kind)
+    if not tally.channels or not math.isfinite(tally.max_abs_error):
+        return whole
+    allowed = np.maximum(kind.relative * np.maximum(tally.channel_scale, _CHANNEL_SHARE * tally.scale), kind.absolute)
+    worst = int((tally.channel_error / allowed).argmax())
+    return _Verdict(float(tally.channel_error[worst]), float(allowed[worst]), kind, worst)
 
 
-def _describe(tally: _Tally, allowed: float, kind: Tolerance) -> str:
+def _describe(tally: _Tally, verdict: _Verdict) -> str:
     if tally.exact:
         return f"{tally.unequal:,} of {tally.elements:,} elements differ, none may ({tally.dtype})"
-    if math.isinf(tally.max_abs_error):
+    if math.isinf(verdict.error):
         return "NaN or infinity on one side only"
-    return (
-        f"max abs error {tally.max_abs_error:.3g}, allowed {allowed:.3g}"
-        f" ({kind.relative:g} of its largest magnitude {tally.scale:.3g}, at least {kind.absolute:.3g})"
-    )
+    channel = "" if verdict.channel is None else f" in channel {verdict.channel}"
+    limit = f"{verdict.kind.relative:g} of the largest magnitude, {tally.scale:.3g} in the whole output"
+    return f"max abs error {verdict.error:.3g}{channel}, allowed {verdict.allowed:.3g} ({limit}; at least {verdict.kind.absolute:.3g})"
 
 
 def _parity(tallies: Sequence[_Tally]) -> Parity:

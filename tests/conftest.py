@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,6 +37,21 @@ def tiny_model(seed: int = 0) -> onnx.ModelProto:
     arrays["variance"] = rng.uniform(0.5, 1.5, 4)
     model.graph.initializer.extend(numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items())
     return model
+
+
+def listing(folder: Path) -> list[tuple[str, int]]:
+    """Every file and folder below `folder` with its size."""
+    return sorted((str(path.relative_to(folder)), path.lstat().st_size) for path in folder.rglob("*"))
+
+
+def command(*arguments: str, before: str = "") -> list[str]:
+    """The command line `edgekit ARGUMENTS`; the statements `before` run first in its process."""
+    return [sys.executable, "-c", f"{before}\nfrom edgekit.cli.app import main; main()", *arguments]
+
+
+def edgekit(*arguments: str, before: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `edgekit ARGUMENTS` as a process of its own; `options` are those of `subprocess.run`."""
+    return subprocess.run(command(*arguments, before=before), capture_output=True, text=True, timeout=300, check=False, **options)
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import edgekit
+
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "numpy", "sklearn", "PIL", "psutil", "cloudpickle")
-
-
-def edgekit(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from edgekit.cli.app import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compile", "--help"], ["--version"]])
@@ -47,6 +45,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         (["compile", "model.pt", "--target", "openvino"], 3, "pickle"),
         (["compile", "--recipe", "none.toml"], 2, "cannot be read"),
         (["compile", "vit_digits", "--target", "openvino", "--bogus"], 2, "--bogus"),
+        (["compile", "vit_digits", "--target", "openvino", "--seed", "99999999999999999999999"], 2, "from 0 to 2^63 - 1"),
         (["compile", "vit_digits", "--target", "openvino", "--input", "x:1,a"], 2, "does not describe an input"),
         (["verify", "nowhere"], 3, "no such artifact"),
         (["profile", "nowhere"], 3, "no such artifact"),
@@ -61,6 +60,80 @@ def test_bad_usage(arguments: list[str], code: int, says: str, tmp_path: Path) -
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_broken_package_hides_no_other(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "broken_package.py").write_text("raise RuntimeError('built for another torch')\n")
+    (tmp_path / "leaving_package.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "broken-1.0.dist-info").mkdir()
+    (tmp_path / "broken-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    groups = "".join(
+        f"[edgekit.{group}]\nbroken = broken_package:X\nleaving = leaving_package:X\n" for group in ("passes", "targets", "models")
+    )
+    (tmp_path / "broken-1.0.dist-info" / "entry_points.txt").write_text(groups)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for command, kind, other in (("passes", "pass", "to-float16"), ("targets", "target", "openvino"), ("models", "model", "vit_digits")):
+        done = edgekit(command, "--json", env=env)
+        assert done.returncode == 0, done.stderr
+        names = {item["name"] for item in json.loads(done.stdout)}
+        assert other in names
+        assert not {"broken", "leaving"} & names
+        for words in ("'broken' cannot be imported: RuntimeError: built for", "'leaving' cannot be imported: SystemExit: 3"):
+            assert f"warning: {kind} {words}" in done.stderr
+    compiling = ("compile", str(tiny), "-t", "onnxruntime", "--seconds", "0", "--json", "-o", str(tmp_path / "out"))
+    report = json.loads(edgekit(*compiling, env=env).stdout)
+    assert [item["spec"] for item in report["passes"]] == ["fold-batch-norm", "merge-branches"]
+    assert sum("the default recipe was made without it" in note for note in report["notes"]) == 2
+    for arguments in (("compile", str(tiny), "-t", "broken"), ("compile", str(tiny), "-t", "onnxruntime", "-p", "broken")):
+        done = edgekit(*arguments, env=env)
+        assert done.returncode == 2
+        assert "'broken' cannot be imported: RuntimeError" in done.stderr
+
+
+NOISY = """
+import atexit, ctypes, os
+import torch
+
+print("noise of an import")
+atexit.register(print, "noise of the end")
+
+def net():
+    print("noise of a factory")
+    os.write(1, b"noise of a library ")
+    ctypes.CDLL(None).puts(b"noise that a library holds back")
+    return torch.nn.Linear(3, 2), torch.ones(1, 3)
+"""
+
+
+def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
+    (tmp_path / "noisy_nets.py").write_text(NOISY)
+    compiling = ("compile", "noisy_nets:net", "-t", "onnxruntime", "--seconds", "0", "-o", "out", "--json")
+    for arguments in (compiling, ("inspect", "noisy_nets:net", "--json")):
+        done = edgekit(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        for words in ("of an import", "of the end", "of a factory", "of a library", "that a library holds back"):
+            assert f"noise {words}" in done.stderr
+        if "artifact" in found:
+            assert found["artifact"]["path"] == str(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["artifact"]["path"] == "."
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "vit_digits"], ["passes"], ["targets"], ["models"], ["doctor"]])
+def test_quiet_prints_nothing(arguments: list[str]) -> None:
+    done = edgekit(*arguments, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["inspect", "no.onnx", "-qv"], True), (["compile", "--target", "-v"], False), (["verify", "no", "-q"], False)],
+)
+def test_verbose_errors_come_with_their_traceback(arguments: list[str], told: bool) -> None:
+    done = edgekit(*arguments)
+    assert done.returncode in (2, 3)
+    assert ("Traceback" in done.stderr) == told
+    assert "error: " in done.stderr
 
 
 @pytest.mark.parametrize("command", ["passes", "targets", "models", "doctor"])

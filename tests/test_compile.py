@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jsonschema
 import numpy as np
@@ -14,10 +16,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import edgekit
 from edgekit.artifact import open_artifact
+from edgekit.cli.inspect import inspect_model
+from edgekit.cli.show import report_table
 from edgekit.compiler import Job, Timing, compile, run_job
 from edgekit.contracts import Context, Effect, Pass, register_pass
 from edgekit.errors import BudgetError, EdgekitError, LoweringError, ParityError, SourceError, UsageError
@@ -26,6 +31,7 @@ from edgekit.recipe import load_recipe
 
 SCHEMA = json.loads((Path(edgekit.__file__).parent / "report" / "schema.json").read_text())
 QUICK = Timing(0)
+HEADER = '<ir_version: 10, opset_import: ["" : 18]> '
 TARGETS = ["openvino", "onnxruntime"]
 
 
@@ -38,6 +44,8 @@ def test_zoo_models_keep_their_accuracy(name: str, target: str) -> None:
     assert report["artifact"]["metric"]["samples"] == 597
     assert report["artifact"]["metric"]["value"] >= 0.975
     assert report["artifact"]["metric"]["difference"] == 0.0
+    assert report["data"]["held_out"]
+    assert "597 held-out samples" in printed(report)
     assert report["artifact"]["parity"]["max_abs_error"] < 1e-3
     assert report["latency"]["runs"] >= 5
     if name == "mobileone_digits":
@@ -46,6 +54,24 @@ def test_zoo_models_keep_their_accuracy(name: str, target: str) -> None:
         assert merged["rewrites"] > 0
         assert merged["parameters"] < report["model"]["parameters"]
         assert merged["macs"] < report["model"]["macs"]
+
+
+def printed(report: dict[str, Any]) -> str:
+    """What the terminal shows of a report, in one line."""
+    console = Console(file=io.StringIO(), width=80)
+    console.print(report_table(report))
+    return " ".join(console.file.getvalue().split())
+
+
+def test_accuracy_on_the_calibration_inputs_is_called_so(tiny: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tiny.parent / "d.npz", image=rng.normal(0.3, 1, (20, 3, 8, 8)), labels=rng.integers(0, 4, 20))
+    report = compile(tiny, target="onnxruntime", data=str(tiny.parent / "d.npz"), timing=QUICK).report
+    jsonschema.validate(report, SCHEMA)
+    assert report["data"]["held_out"] is False
+    assert report["artifact"]["metric"]["samples"] == 20
+    assert "20 samples, the calibration inputs among them" in printed(report)
+    assert "held-out" not in printed(report)
 
 
 class Branches(nn.Module):
@@ -103,11 +129,26 @@ def test_the_recipe_repeats_the_compile(tiny: Path, tmp_path: Path, worker) -> N
     assert (tmp_path / "a" / "optimized.onnx").read_bytes() == (tmp_path / "b" / "optimized.onnx").read_bytes()
 
 
+DAMAGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda report: [report.pop(key) for key in list(report) if key != "schema"], "no entry 'artifact'"),
+    (lambda report: report.pop("model"), "no entry 'model'"),
+    (lambda report: report["artifact"].pop("precision"), "no entry 'precision'"),
+    (lambda report: report["artifact"].update(precision="fp7"), "fp7"),
+    (lambda report: report["artifact"].update(files=[]), "damaged"),
+    (lambda report: report["artifact"]["files"].update({"model.bin": {"bytes": "7"}}), "no entry 'sha256'|not of type int"),
+    (lambda report: report["model"]["inputs"][0].update(dtype="float7"), "float7"),
+    (lambda report: report["model"].update(inputs=[3]), "damaged"),
+]
+"""Changes of a report, and what is said of the entries that are then missing or wrong."""
+
+
 def test_an_artifact_opens_and_is_checked_again(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     compile(tiny, target="openvino", timing=Timing(0.3), out=out)
     artifact = open_artifact(out)
     assert artifact.verify().sqnr_db > 80
+    assert artifact.report["artifact"]["path"] == str(out)
+    assert json.loads((out / "report.json").read_text())["artifact"]["path"] == "."
     latency = artifact.profile(budget_s=0.3)
     assert latency["speedup_ci95"][0] <= latency["speedup"] <= latency["speedup_ci95"][1]
     weights = out / "model.bin"
@@ -126,6 +167,12 @@ def test_an_artifact_opens_and_is_checked_again(tiny: Path, tmp_path: Path) -> N
     (out / "report.json").write_text(json.dumps({**report, "schema": 99}))
     with pytest.raises(SourceError, match="schema 99"):
         open_artifact(out)
+    for change, says in DAMAGES:
+        damaged = json.loads(json.dumps(report))
+        change(damaged)
+        (out / "report.json").write_text(json.dumps(damaged))
+        with pytest.raises(SourceError, match=says):
+            open_artifact(out)
     (out / "report.json").write_text("{")
     with pytest.raises(SourceError, match="cannot be read"):
         open_artifact(out)
@@ -139,6 +186,55 @@ def test_float16_halves_the_weights_and_is_measured(tiny: Path) -> None:
     assert result["bytes"] < 0.6 * artifact.report["model"]["bytes"]
     assert artifact.report["artifact"]["precision"] == "fp16"
     assert [item["dtype"] for item in artifact.report["model"]["inputs"]] == ["float32"]
+
+
+def test_float16_inputs_and_outputs(tiny: Path, tmp_path: Path) -> None:
+    for target in TARGETS:
+        artifact = compile(tiny, target=target, passes=["to-float16{keep_io=false}"], timing=Timing(0.2), out=tmp_path / target)
+        assert [item["dtype"] for item in artifact.report["artifact"]["inputs"]] == ["float16"]
+        outputs = artifact.run({"image": np.ones((1, 3, 8, 8), np.float16)})
+        assert outputs["logits"].dtype == np.float16
+        assert open_artifact(tmp_path / target).verify().sqnr_db > 30
+        assert artifact.profile(budget_s=0.1)["speedup"] is not None
+
+
+def test_an_overflow_of_float16_is_seen(tmp_path: Path) -> None:
+    text = HEADER + "g (float[1, 4] x) => (float[1, 4] y) <float a = {30000}> { z = Mul(x, a) y = Mul(z, a) }"
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "large.onnx")
+    with pytest.raises(ParityError, match=r"to-float16.*NaN or infinity"):
+        compile(tmp_path / "large.onnx", target="onnxruntime", passes=["to-float16"], timing=QUICK)
+    report = compile(tmp_path / "large.onnx", target="onnxruntime", passes=["to-float16"], max_drop=0.0, timing=QUICK).report
+    assert "infinity" in report["passes"][0]["undone"]
+
+
+def test_a_budget_needs_something_to_measure(tmp_path: Path) -> None:
+    text = HEADER + "g (float[1, 2, 4] x) => (float[1, 2, 4] y) { y = Relu(x) }"
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "map.onnx")
+    with pytest.raises(UsageError, match="something to measure"):
+        compile(tmp_path / "map.onnx", target="onnxruntime", passes=["to-float16"], max_drop=0.0, timing=QUICK)
+
+
+def test_force_keeps_what_only_looks_like_an_artifact(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "project"
+    compile(tiny, target="onnxruntime", timing=QUICK, out=out)
+    compile(tiny, target="onnxruntime", timing=QUICK, out=out, force=True)
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not an artifact"):
+        compile(tiny, target="onnxruntime", timing=QUICK, out=out, force=True)
+    assert (out / "precious.txt").exists()
+
+
+def test_a_baseline_that_the_target_refuses_is_left_out(tmp_path: Path) -> None:
+    # 2 ** 40 does not fit OpenVINO's int32; the canonical graph has folded it away.
+    text = (
+        HEADER + "g (float[1, 4] x) => (float[1, 4] y) <int64[1] big = {1099511627776}, int64[1] one = {1}> "
+        "{ d = Div(big, big) s = Mul(d, one) f = Cast<to = 1>(s) y = Mul(x, f) }"
+    )
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "big.onnx")
+    report = compile(tmp_path / "big.onnx", target="openvino", timing=Timing(0.2)).report
+    jsonschema.validate(report, SCHEMA)
+    assert report["latency"]["baseline_median_ms"] is None
+    assert any("could not be timed" in note for note in report["notes"])
 
 
 @register_pass
@@ -191,8 +287,12 @@ def test_the_budget_is_held_by_the_artifact_too(tiny: Path, tmp_path: Path, monk
 def test_precisions_of_openvino(tiny: Path) -> None:
     for precision in ("fp16", "bf16"):
         report = compile(tiny, target="openvino", precision=precision, timing=QUICK).report
-        assert report["artifact"]["precision"] == precision
-        assert report["target"]["facts"]["executed_precision"]
+        executed = report["target"]["facts"]["executed_precision"]
+        assert report["target"]["precision"] == precision
+        assert report["artifact"]["precision"] == ("fp16" if precision == "fp16" else executed)  # fp16 weights, whatever computes
+        assert any("was asked for" in note for note in report["notes"]) == (executed != precision)
+    with pytest.raises(UsageError, match="two precisions"):
+        compile(tiny, target='openvino{precision="fp16"}', precision="bf16", timing=QUICK)
     with pytest.raises(UsageError, match="fp16"):
         compile(tiny, target="onnxruntime", precision="fp16", timing=QUICK)
 
@@ -210,8 +310,33 @@ def test_symbolic_dimensions_are_pinned(tmp_path: Path) -> None:
     assert "--input image:" in str(caught.value)
     report = compile(path, target="onnxruntime", inputs=["image:2,3,10,8"], timing=QUICK).report
     assert report["model"]["inputs"][0]["shape"] == [2, 3, 10, 8]
+    assert not any("dynamic" in note for note in report["notes"])
     with pytest.raises(EdgekitError, match="image"):
         compile(path, target="onnxruntime", inputs=["image:2,5,10,8"], timing=QUICK)
+
+
+def test_a_batch_axis_that_was_set_to_1_is_noted(tmp_path: Path) -> None:
+    text = (
+        HEADER + "g (float[batch, 4] x, float[batch, 4] y, float[2, 4] w) => (float[m, 4] z) { s = Add(x, y) z = Concat<axis = 0>(s, w) }"
+    )
+    path = tmp_path / "dynamic.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    report = compile(path, target="onnxruntime", timing=QUICK).report
+    notes = [f"the first dimension of '{name}' is dynamic: it was set to 1 (--input {name}:N,4 sets another)" for name in "xy"]
+    assert [note for note in report["notes"] if "dynamic" in note] == notes
+    assert inspect_model(str(path), [], None, 0)["notes"] == notes
+    assert inspect_model(str(path), ["x:3,4"], None, 0)["notes"] == []  # the same name is the same size
+
+
+def test_damaged_kept_inputs(tiny: Path, tmp_path: Path) -> None:
+    artifact = compile(tiny, target="onnxruntime", timing=QUICK, out=tmp_path / "out")
+    with np.load(tmp_path / "out" / "parity.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    for kept in ({}, {name: array for name, array in arrays.items() if not name.startswith("expected/0")}):
+        np.savez(tmp_path / "out" / "parity.npz", **kept)
+        for check in (artifact.verify, artifact.profile):
+            with pytest.raises(SourceError, match="not complete"):
+                check()
 
 
 def test_a_compiler_that_crashes_is_survived(tiny: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgekit.contracts import Dataset, datasets
 from edgekit.data import Data, Declared, load_data
 from edgekit.errors import DataError
 
@@ -51,15 +52,51 @@ def test_npz_is_cut_into_batches(tmp_path: Path) -> None:
         ({"x": np.full((4, 3), np.nan)}, "NaN"),
         ({"x": np.array([["a", "b", "c"]] * 2)}, "convert it to float32"),
         ({"x": np.zeros((4, 3)), "labels": np.zeros(2, int)}, "'labels' must be 4 whole numbers"),
+        ({"x": np.zeros((4, 3)), "labels": np.zeros(5, int)}, "'labels' must be 4 whole numbers"),
+        ({"x": np.zeros((5, 3)), "labels": np.zeros(4, int)}, "'labels' must be 5 whole numbers"),
+        ({"x": np.full((4, 3), 1e300)}, "do not fit float32"),
+        ({"x": np.zeros((4, 3), "V2")}, "convert it to float32"),
         ({"x": np.array([object()] * 4)}, "not an .npz of plain arrays"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_npz_that_does_not_fit(tmp_path: Path, arrays: dict[str, np.ndarray], says: str) -> None:
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(DataError) as caught:
         _load(str(tmp_path / "d.npz"), VECTOR)
     assert says in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_inputs_must_hold_equally_many_batches(tmp_path: Path) -> None:
+    declared = {"x": Declared((2, 3), F32), "y": Declared((2, 1), F32), "t": Declared((), F32)}
+    np.savez(tmp_path / "d.npz", x=np.zeros((6, 3)), y=np.zeros((6, 1)), t=np.arange(3.0), labels=np.arange(6))
+    assert [batch["t"] for batch in _load(str(tmp_path / "d.npz"), declared).test] == [0, 1, 2]
+    for x, y, t in ((6, 8, 3), (8, 6, 3), (6, 6, 4), (7, 6, 3)):
+        np.savez(tmp_path / "d.npz", x=np.zeros((x, 3)), y=np.zeros((y, 1)), t=np.zeros(t))
+        with pytest.raises(DataError, match=f"{x} of 'x', {y} of 'y', {t} of 't'"):
+            _load(str(tmp_path / "d.npz"), declared)
+
+
+def test_which_accuracy_is_of_held_out_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, 3)), labels=np.zeros(4, int))
+    assert not _load(str(tmp_path / "d.npz"), VECTOR).held_out
+    assert not _load(None, VECTOR).held_out
+    assert _load("digits", {"x": Declared((1, 1, 32, 32), F32)}).held_out
+    inputs = {part: np.zeros((4, 3)) for part in ("calibrate", "test")}
+    monkeypatch.setitem(datasets._local, "unlabelled", lambda: Dataset(inputs))
+    assert not _load("unlabelled", VECTOR).held_out
+
+
+def test_a_dataset_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (OSError("gone"), SystemExit(3)):
+
+        def fails(error: BaseException = error) -> Dataset:
+            raise error
+
+        monkeypatch.setitem(datasets._local, "broken", fails)
+        with pytest.raises(DataError, match=f"'broken' raised {type(error).__name__}: {error}"):
+            _load("broken", VECTOR)
 
 
 def test_integers_must_fit(tmp_path: Path) -> None:
@@ -83,6 +120,45 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert any("not known" in note for note in plain.notes)
 
 
+def test_sixteen_bit_images_are_scaled(tmp_path: Path) -> None:
+    pixels = np.linspace(0, 65535, 48).round().astype(np.uint16).reshape(8, 6)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels).save(tmp_path / "b.tif")
+    for batch in _load(str(tmp_path), IMAGE).calibration:
+        for channel in batch["x"][0]:
+            np.testing.assert_allclose(channel, pixels / 65535.0, atol=0.5 / 255 + 1e-6)
+    Image.fromarray(pixels.astype(np.int32)).save(tmp_path / "c.tif")
+    with pytest.raises(DataError, match="32 bits") as caught:
+        _load(str(tmp_path), IMAGE)
+    assert "c.tif" in str(caught.value)
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+    turned = Image.Exif()
+    turned[0x112] = 6  # the camera was held turned: 90 degrees clockwise shows the picture upright
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=turned)
+    upright = np.rot90(pixels, -1).transpose(2, 0, 1) / 255.0
+    np.testing.assert_allclose(_load(str(tmp_path), IMAGE).calibration[0]["x"][0], upright, rtol=1e-6)
+
+
+def test_images_are_a_seeded_sample_in_order(tmp_path: Path) -> None:
+    for index in range(40):
+        (tmp_path / f"class{index // 20}").mkdir(exist_ok=True)
+        Image.new("RGB", (6, 8), (index, 0, 0)).save(tmp_path / f"class{index // 20}" / f"{index:02}.png")
+
+    def taken(seed: int, calibration: int = 6) -> list[int]:
+        batches = load_data(str(tmp_path), IMAGE, calibration=calibration, seed=seed).calibration
+        return [round(255 * float(batch["x"][0, 0, 0, 0])) for batch in batches]
+
+    assert taken(0) == taken(0)
+    assert taken(0) != taken(1)
+    for seed in range(3):
+        assert taken(seed) == sorted(set(taken(seed)))
+        assert taken(seed)[0] < 20 <= taken(seed)[-1]
+    assert taken(0, calibration=100) == list(range(40))
+
+
 def test_images_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no images"):
         _load(str(tmp_path), IMAGE)
@@ -104,10 +180,15 @@ def test_iterables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "import numpy as np\n"
         "def batches():\n    while True: yield np.ones((1, 3, 8, 6), np.float32)\n"
         "def broken():\n    raise OSError('gone')\n"
+        "def leaves():\n    raise SystemExit(3)\n"
+        "def leaves_later():\n    yield np.ones((1, 3, 8, 6), np.float32)\n    raise SystemExit(3)\n"
     )
     assert len(_load("my_batches:batches", IMAGE).calibration) == 4
     with pytest.raises(DataError, match="gone"):
         _load("my_batches:broken", IMAGE)
+    for name in ("leaves", "leaves_later"):
+        with pytest.raises(DataError, match="SystemExit: 3"):
+            _load(f"my_batches:{name}", IMAGE)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,11 @@ def test_no_match_is_said_and_costs_no_check(run) -> None:
     assert [(refusal.where, refusal.why) for refusal in result.refusals] == [("node", "why")]
 
 
+def test_a_pass_that_hides_what_it_did_is_named(run) -> None:
+    with pytest.raises(PassError, match="rewrote nothing"):
+        run(make(Effect.EXACT, lambda model, _: scale_weights(model, 2.0) * 0))
+
+
 def test_the_budget_undoes_what_costs_too_much(run) -> None:
     def negate(model: ir.Model, _: Context) -> int:
         return scale_weights(model, -1.0)

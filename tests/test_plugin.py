@@ -1,30 +1,49 @@
-"""A pass of another package is found by its entry point."""
+"""A pass of another package is found by its entry point, without a change here."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.conftest import edgekit
+
 PACKAGE = Path(__file__).parent / "plugin_package"
 
 
-def test_a_third_party_pass(tiny: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    info = site / "edgekit_example-0.1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: edgekit-example\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[edgekit.passes]\ndrop-relu = edgekit_example:DropRelu\n")
-    path = os.pathsep.join([str(site), str(PACKAGE)])
-    command = [sys.executable, "-c", "from edgekit.cli.app import main; main()"]
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that has the package installed."""
+    folder = tmp_path_factory.mktemp("plugin")
+    shutil.copytree(PACKAGE, folder / "package")  # a build writes beside its source
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder / "site"), str(folder / "package")]
+    subprocess.run(pip, check=True, capture_output=True, timeout=120)
+    return {**os.environ, "PYTHONPATH": str(folder / "site")}
 
-    def run(*arguments: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": path}
-        return subprocess.run([*command, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
-    listed = {item["name"]: item for item in json.loads(run("passes", "--json"))}
+def test_it_is_listed_with_its_options(installed: dict[str, str]) -> None:
+    listed = {item["name"]: item for item in json.loads(edgekit("passes", "--json", env=installed).stdout)}
     assert listed["drop-relu"]["options"] == [{"name": "keep", "type": "a whole number", "default": "0"}]
-    report = json.loads(run("compile", str(tiny), "-t", "onnxruntime", "--pass", "drop-relu{keep=0}", "--seconds", "0", "--json"))
-    assert [(item["spec"], item["rewrites"]) for item in report["passes"]] == [("drop-relu", 1)]
+    assert listed["drop-relu"]["effect"] == "approximate"
+    assert "drop-relu" not in edgekit("passes", "--json").stdout
+
+
+def test_it_runs(installed: dict[str, str], tiny: Path) -> None:
+    arguments = ("compile", str(tiny), "-t", "onnxruntime", "--seconds", "0", "--json", "--out", str(tiny.parent / "out"), "--force")
+    for spec, printed, rewrites in (("drop-relu{keep=0}", "drop-relu", 1), ("drop-relu{keep=1}", "drop-relu{keep=1}", 0)):
+        done = edgekit(*arguments, "--pass", spec, env=installed)
+        assert done.returncode == 0, done.stderr
+        (result,) = json.loads(done.stdout)["passes"]
+        assert (result["spec"], result["rewrites"]) == (printed, rewrites)
+
+
+def test_its_options_are_checked_like_any_other(installed: dict[str, str], tiny: Path) -> None:
+    done = edgekit("compile", str(tiny), "-t", "onnxruntime", "--pass", "drop-relu{kep=1}", env=installed)
+    assert done.returncode == 2
+    assert "did you mean 'keep'?" in done.stderr

@@ -26,7 +26,7 @@ text = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), mi
         inputs=st.lists(text).map(tuple),
         calibration=st.integers(1, 1000),
         max_drop=st.one_of(st.none(), st.floats(0, 100)),
-        seed=st.integers(0, 2**32),
+        seed=st.integers(0, 2**63 - 1),
         threads=st.integers(0, 64),
     )
 )
@@ -48,6 +48,8 @@ def test_round_trip(recipe: Recipe) -> None:
         ("model = \n", "not valid TOML"),
         ('model = "a"\ntarget = "b"\ncalibration = 0\n', "at least one"),
         ('model = "a"\ntarget = "b"\nthreads = -1\n', "negative"),
+        ('model = "a"\ntarget = "b"\nseed = -1\n', "from 0 to 2^63 - 1"),
+        ('model = "a"\ntarget = "b"\nseed = 9223372036854775808\n', "from 0 to 2^63 - 1"),
     ],
 )
 def test_wrong_recipes(tmp_path: Path, content: str, says: str) -> None:
@@ -57,6 +59,33 @@ def test_wrong_recipes(tmp_path: Path, content: str, says: str) -> None:
         load_recipe(path)
     assert says in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_paths_lead_from_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "there"
+    (folder / "images").mkdir(parents=True)
+    for name in ("net.onnx", "w.safetensors", "vit_digits", "digits"):
+        (folder / name).touch()
+    path = folder / "recipe.toml"
+    path.write_text('model = "net.onnx"\ntarget = "b"\ndata = "images"\nweights = "../there/w.safetensors"\n')
+    monkeypatch.chdir(tmp_path)
+    for place in (path, Path("there/recipe.toml")):
+        recipe = load_recipe(place)
+        assert recipe == Recipe(f"{folder}/net.onnx", "b", data=f"{folder}/images", weights=f"{folder}/w.safetensors")
+    path.write_text('model = "vit_digits"\ntarget = "b"\ndata = "digits"\n')
+    assert load_recipe(path) == Recipe("vit_digits", "b", data="digits")
+    path.write_text('model = "images"\ntarget = "b"\ndata = "none.npz"\n')
+    assert load_recipe(path) == Recipe("images", "b", data="none.npz")
+
+
+def test_existing_paths_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.onnx").touch()
+    (tmp_path / "d.npz").touch()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text(dump_recipe(Recipe("net.onnx", "b", data="d.npz", weights="none.pt"), {}))
+    (tmp_path / "net.onnx").unlink()  # so that what is read is what was written
+    monkeypatch.chdir("/")
+    assert load_recipe(tmp_path / "recipe.toml") == Recipe(f"{tmp_path}/net.onnx", "b", data=f"{tmp_path}/d.npz", weights="none.pt")
 
 
 def test_a_missing_recipe_and_one_that_is_not_text(tmp_path: Path) -> None:

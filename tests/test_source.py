@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from edgekit.contracts import ZooModel, models
 from edgekit.errors import SourceError, UsageError
 from edgekit.inputs import InputSpec
 from edgekit.source import from_module, open_source
@@ -29,6 +30,7 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def net(): return torch.nn.Linear(3, 2)\n"
         "def with_inputs(): return torch.nn.Linear(3, 2), torch.ones(4, 3)\n"
         "def broken(): raise RuntimeError('no weights')\n"
+        "def leaves(): raise SystemExit(3)\n"
         "def number(): return 3\n"
         "MODULE = torch.nn.Linear(3, 2)\n"
     )
@@ -51,6 +53,7 @@ def test_a_factory(factory: str) -> None:
     [
         ("net", "give --input"),
         ("broken", "no weights"),
+        ("leaves", "SystemExit: 3"),
         ("number", "returned a int"),
         ("nett", "did you mean 'net'?"),
     ],
@@ -75,6 +78,22 @@ def test_inputs_that_do_not_fit(factory: str) -> None:
 def test_example_inputs_by_name_are_put_in_order() -> None:
     left, right = torch.zeros(1, 3), torch.ones(1, 3)
     assert from_module(Two(), {"right": right, "left": left}).example_inputs == (left, right)
+
+
+def test_a_module_that_leaves_while_it_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaving_nets.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="'leaving_nets' cannot be imported: SystemExit: 3"):
+        open_source("leaving_nets:net")
+
+
+def test_a_zoo_model_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> torch.nn.Module:
+        raise OSError("no weights")
+
+    monkeypatch.setitem(models._local, "broken", ZooModel("broken", build, (1, 3)))
+    with pytest.raises(SourceError, match="OSError: no weights"):
+        open_source("broken")
 
 
 def test_missing_modules_and_names() -> None:

@@ -82,18 +82,31 @@ def test_malformed(spec: str, says: str) -> None:
     ("values", "says"),
     [
         ({"kep": 0.5}, "did you mean 'keep'?"),
-        ({"keep": "0.5"}, "takes a number | list of a number"),
+        ({"keep": "0.5"}, "takes a number | list of numbers,"),
         ({"count": True}, "a whole number"),
         ({"count": 1.5}, "a whole number"),
         ({"fused": 1}, "true or false"),
         ({"method": "other"}, '"evit" | "tome"'),
-        ({"layers": [1, "a"]}, "list of a whole number"),
+        ({"layers": [1, "a"]}, "takes list of whole numbers,"),
     ],
 )
 def test_wrong_options_are_named(values: dict[str, object], says: str) -> None:
     with pytest.raises(RecipeError) as caught:
         specs.make(Options, values, "pass 'x'")
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "name"),
+    [
+        (tuple[str, ...], "list of quoted strings"),
+        (tuple[tuple[float, ...], ...], "list of lists of numbers"),
+        (tuple[Literal["a", "b"], ...], 'list of "a" | "b"'),
+        (int | None, "a whole number"),
+    ],
+)
+def test_types_are_named_for_people(annotation: object, name: str) -> None:
+    assert specs.type_name(annotation) == name
 
 
 def test_a_whole_number_serves_as_a_number() -> None:

@@ -12,6 +12,10 @@ from edgekit.errors import OutputError
 from edgekit.staging import staged
 
 
+def _holds_report(folder: Path) -> bool:
+    return (folder / "report.json").exists()
+
+
 def _siblings(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -36,7 +40,7 @@ def test_an_existing_folder_is_kept_without_force(tmp_path: Path) -> None:
     (out / "report.json").write_text("old")
     with pytest.raises(OutputError, match="exists"), staged(out):
         pass
-    with staged(out, force=True) as folder:
+    with staged(out, _holds_report) as folder:
         (folder / "report.json").write_text("new")
     assert (out / "report.json").read_text() == "new"
     assert _siblings(tmp_path) == ["out"]
@@ -46,7 +50,7 @@ def test_an_error_under_force_keeps_the_old_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "report.json").write_text("old")
-    with pytest.raises(KeyError), staged(out, force=True):
+    with pytest.raises(KeyError), staged(out, _holds_report):
         raise KeyError
     assert (out / "report.json").read_text() == "old"
 
@@ -55,12 +59,12 @@ def test_force_never_replaces_what_is_no_artifact(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="not an artifact"), staged(out, force=True):
+    with pytest.raises(OutputError, match="not an artifact"), staged(out, _holds_report):
         pass
     assert (out / "thesis.tex").exists()
     file = tmp_path / "file"
     file.write_text("x")
-    with pytest.raises(OutputError, match="not an artifact"), staged(file, force=True):
+    with pytest.raises(OutputError, match="not an artifact"), staged(file, _holds_report):
         pass
 
 

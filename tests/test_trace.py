@@ -86,3 +86,26 @@ def test_a_module_that_cannot_be_traced() -> None:
     with pytest.raises(TraceError, match="the dynamo exporter failed") as caught:
         trace(from_module(Branching(), torch.randn(3)), "dynamo")
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_value_that_is_given_out_twice_or_passed_through_keeps_every_output() -> None:
+    class Repeats(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = self.linear(x)
+            return y, y, x, y.to(torch.bfloat16)
+
+    x = torch.randn(1, 3)
+    source = from_module(Repeats(), x)
+    names = ["output_0", "output_1", "output_2", "output_3"]
+    for exporter in ("dynamo", "torchscript"):
+        traced = trace(source, exporter)
+        for model in (traced.model, traced.baseline):
+            assert [value.name for value in model.graph.outputs] == names
+            assert len(set(model.graph.outputs)) == 4
+    (outputs,) = run_module(source, [{"x": x.numpy()}], ["x"], names)
+    assert list(outputs) == names
+    assert outputs["output_3"].dtype.name == "bfloat16"

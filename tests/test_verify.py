@@ -279,8 +279,10 @@ def test_the_error_names_the_stage_the_output_the_place_and_both_numbers():
     result[1]["map"][2, 1, 3] += 1.0
     with pytest.raises(ParityError) as caught:
         assert_close(reference, result, stage="pass 'fold-batch-norm'")
-    largest = np.abs(joined(reference, "map")).max()
-    assert caught.value.what.startswith(f"pass 'fold-batch-norm' changed output 'map': max abs error 1, allowed {1e-4 * largest:.3g} ")
+    column = max(np.abs(batch["map"][..., 3]).max() for batch in reference)
+    assert caught.value.what.startswith(
+        f"pass 'fold-batch-norm' changed output 'map': max abs error 1 in channel 3, allowed {1e-4 * column:.3g} "
+    )
     assert caught.value.where == "output 'map' float32, worst at batch 1, index [2, 1, 3]"
     assert caught.value.fix
 
@@ -290,6 +292,15 @@ def test_the_error_is_about_the_output_that_is_furthest_beyond_its_limit():
     result = [{"logits": batch["logits"] * np.float32(1.05), "map": batch["map"] * np.float32(1.01)} for batch in reference]
     with pytest.raises(ParityError, match=r"output 'logits'.*2 of 2 outputs"):
         assert_close(reference, result, stage="a pass")
+
+
+def test_large_channels_do_not_hide_wrong_small_ones():
+    reference = [{"boxes": np.array([[640.0, 0.9, 0.1], [12.0, 0.2, 0.8]], np.float32)}]
+    wrong = [{"boxes": np.array([[640.0, 0.85, 0.15], [12.0, 0.2, 0.8]], np.float32)}]
+    rounded = [{"boxes": reference[0]["boxes"] * np.float32(1 + 5e-5)}]
+    assert_close(reference, rounded, stage="a pass")
+    with pytest.raises(ParityError, match=r"in channel [12]"):
+        assert_close(reference, wrong, stage="a pass")
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgekit.cli.session import Session
 from edgekit.errors import EdgekitError, UsageError
 
 if TYPE_CHECKING:
+    from edgekit.cli.listing import Listing
     from edgekit.progress import Reporter
     from edgekit.recipe import Recipe
 
@@ -34,9 +34,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+
+def _reserve_output(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        context.ensure_object(Session).reserve_output()
+    return wanted
+
+
+def _tell_more(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        context.ensure_object(Session).verbose = True
+    return wanted
+
+
+Json = Annotated[bool, typer.Option("--json", callback=_reserve_output, help="Print JSON on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print what was left alone and why; with errors, the traceback.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=_tell_more, help="Print what was left alone and why; with errors, the traceback.")
+]
 Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Shape of an input: x:1,3,224,224 or x[1,3,224,224]:float32.")]
 Weights = Annotated[str | None, typer.Option(help="A .safetensors file or state dict to load into the module.")]
 
@@ -56,6 +71,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 @app.command("compile")
 def compile_command(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Zoo name, timm:NAME, FILE.onnx, FILE.pt2, or package.module:factory.")] = None,
     target: Annotated[str | None, typer.Option("--target", "-t", help="Where to: see `edgekit targets`.")] = None,
     passes: Annotated[
@@ -101,7 +117,7 @@ def compile_command(
     with _reporter(quiet or as_json) as reporter:
         artifact = run_job(Job(full, timing=Timing(budget_s=seconds)), folder, force=force, reporter=reporter)
     if as_json:
-        _print_json(artifact.report)
+        _print_json(context, artifact.report)
     elif not quiet:
         from edgekit.cli.show import console, report_table
 
@@ -131,6 +147,7 @@ def _short_name(model: str) -> str:
 
 @app.command()
 def verify(
+    context: typer.Context,
     artifact: Annotated[Path, typer.Argument(help="The folder of a compile.")],
     as_json: Json = False,
     quiet: Quiet = False,
@@ -141,7 +158,7 @@ def verify(
 
     parity = open_artifact(artifact).verify().to_dict()
     if as_json:
-        _print_json(parity)
+        _print_json(context, parity)
     elif not quiet:
         from edgekit.cli.show import console, rows_table
 
@@ -153,6 +170,7 @@ def verify(
 
 @app.command()
 def profile(
+    context: typer.Context,
     artifact: Annotated[Path, typer.Argument(help="The folder of a compile.")],
     seconds: Annotated[float, typer.Option(help="Seconds to measure for.", min=0.1)] = 10.0,
     runs: Annotated[int, typer.Option(help="Runs at most of each side.", min=1)] = 1000,
@@ -165,10 +183,10 @@ def profile(
 
     with _reporter(quiet or as_json) as reporter:
         reporter.expect(1)
-        with reporter.stage("latency"):
+        with reporter.stage("latency", seconds):
             latency = open_artifact(artifact).profile(budget_s=seconds, max_runs=runs)
     if as_json:
-        _print_json(latency)
+        _print_json(context, latency)
     elif not quiet:
         from edgekit.cli.show import console, latency_table
 
@@ -177,11 +195,13 @@ def profile(
 
 @app.command()
 def inspect(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Zoo name, timm:NAME, FILE.onnx, FILE.pt2, or package.module:factory.")],
     inputs: Inputs = None,
     weights: Weights = None,
     top: Annotated[int, typer.Option(help="How many of the largest layers to show.", min=1)] = 10,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Show a model's operators, parameters, MACs, bytes and largest layers."""
@@ -189,63 +209,80 @@ def inspect(
 
     found = inspect_model(model, inputs or [], weights, top)
     if as_json:
-        _print_json(found)
-    else:
+        _print_json(context, found)
+    elif not quiet:
         from edgekit.cli.show import console
 
         console().print(inspection_table(found))
 
 
 @app.command("passes")
-def passes_command(as_json: Json = False, verbose: Verbose = False) -> None:
+def passes_command(context: typer.Context, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the passes with each option's type and default."""
     from edgekit.cli.listing import list_passes, passes_table
 
-    _show(list_passes(), passes_table, as_json)
+    _show_list(context, list_passes(), passes_table, as_json, quiet)
 
 
 @app.command("targets")
-def targets_command(as_json: Json = False, verbose: Verbose = False) -> None:
+def targets_command(context: typer.Context, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the targets, their precisions, and whether what they need is installed."""
     from edgekit.cli.listing import list_targets, targets_table
 
-    _show(list_targets(), targets_table, as_json)
+    _show_list(context, list_targets(), targets_table, as_json, quiet)
 
 
 @app.command("models")
-def models_command(as_json: Json = False, verbose: Verbose = False) -> None:
+def models_command(context: typer.Context, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the zoo with parameters, MACs and accuracy."""
     from edgekit.cli.listing import list_models, models_table
 
-    _show(list_models(), models_table, as_json)
+    _show_list(context, list_models(), models_table, as_json, quiet)
 
 
 @app.command()
-def doctor(as_json: Json = False, verbose: Verbose = False) -> None:
+def doctor(context: typer.Context, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Say what is installed, what is missing, and the command that mends it."""
     from edgekit.cli.doctor import doctor_table, examine
 
     found = examine()
-    _show(found, doctor_table, as_json)
+    _show(context, found, doctor_table, as_json, quiet)
     if any(item["required"] and not item["ok"] for item in found):
         raise typer.Exit(8)
 
 
-def _show(found: list[dict[str, Any]], table: Any, as_json: bool) -> None:
+def _show_list(context: typer.Context, listing: Listing, table: Any, as_json: bool, quiet: bool) -> None:
+    for error in () if quiet else listing.errors:
+        sys.stderr.write(f"warning: {error}\n")
+    _show(context, listing.found, table, as_json, quiet)
+
+
+def _show(context: typer.Context, found: list[dict[str, Any]], table: Any, as_json: bool, quiet: bool) -> None:
     if as_json:
-        _print_json(found)
-    else:
+        _print_json(context, found)
+    elif not quiet:
         from edgekit.cli.show import console
 
         console().print(table(found))
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+def _print_json(context: typer.Context, value: Any) -> None:
+    context.ensure_object(Session).write_json(value)
 
 
 @contextlib.contextmanager
 def _reporter(quiet: bool) -> Iterator[Reporter]:
+    """Tells how far the work has come, and stops it between two stages after a signal."""
+    from edgekit.cli.interrupts import Interrupts
+
+    interrupts = Interrupts()
+    with interrupts.handled(), _display(quiet) as reporter:
+        reporter.check = interrupts.check
+        yield reporter
+
+
+@contextlib.contextmanager
+def _display(quiet: bool) -> Iterator[Reporter]:
     if quiet:
         from edgekit.progress import Reporter
 
@@ -261,21 +298,16 @@ def _reporter(quiet: bool) -> Iterator[Reporter]:
         yield PlainReporter()
 
 
-def _terminated(signum: int, frame: object) -> NoReturn:
-    sys.exit(128 + signum)  # unwinds, so that half-written folders are removed
-
-
 def main() -> None:
     """Runs the command line; every error that bad input can cause ends in a message and an exit code of its own."""
-    signal.signal(signal.SIGTERM, _terminated)
-    verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    session = Session()
     try:
-        app()  # exits by itself: 0, 2 on a wrong command line, 130 when interrupted
+        app(obj=session)  # exits by itself: 0, 2 on a wrong command line, 130 when interrupted
     except EdgekitError as error:
-        sys.exit(_fail(str(error), error.exit_code, verbose))
+        sys.exit(_fail(str(error), error.exit_code, session.verbose))
     except Exception as error:
         message = f"{type(error).__name__}: {error}\n  this is a bug of edgekit: please report it with the output of -v"
-        sys.exit(_fail(message, 1, verbose))
+        sys.exit(_fail(message, 1, session.verbose))
 
 
 def _fail(message: str, code: int, verbose: bool) -> int:

@@ -19,7 +19,7 @@ from edgekit.graph.cost import cost
 from edgekit.graph.opset import to_opset
 from edgekit.graph.shapes import infer_shapes, pin_inputs
 from edgekit.inputs import parse_inputs
-from edgekit.original import example_pins, pins
+from edgekit.original import example_pins, pin
 from edgekit.source import Source, open_source
 from edgekit.trace import EXPORTERS, OPSET, trace
 
@@ -41,11 +41,11 @@ def inspect_model(model: str, inputs: Sequence[str], weights: str | None, top: i
     graph = source.model
     if graph is None:
         graph = _traced(source)
-        pinned = example_pins(graph, source)
+        notes = check_model(graph, source.name)
+        pin_inputs(graph, example_pins(graph, source))
     else:
-        pinned = pins(graph, specifications)
-    notes = check_model(graph, source.name)
-    pin_inputs(graph, pinned)
+        notes = check_model(graph, source.name)
+        notes += pin(graph, specifications)
     infer_shapes(graph)
     graph = canonicalize(to_opset(graph, OPSET))
     infer_shapes(graph)

@@ -11,7 +11,21 @@ from rich.text import Text
 
 from edgekit import contracts, specs
 from edgekit.cli.show import count, rows_table
-from edgekit.machine import version
+from edgekit.errors import EdgekitError
+from edgekit.machine import install_command, version
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What there is.
+
+    Attributes:
+        found: One dictionary a thing.
+        errors: Why others cannot be used; one broken package must not hide the rest.
+    """
+
+    found: list[dict[str, Any]]
+    errors: list[EdgekitError]
 
 
 def _summary(thing: object) -> str:
@@ -32,9 +46,10 @@ def _options(cls: type[Any]) -> list[dict[str, str]]:
     return options
 
 
-def list_passes() -> list[dict[str, Any]]:
+def list_passes() -> Listing:
     """Every pass with its effect, its options, and whether it belongs to the default recipe."""
-    return [
+    passes, errors = contracts.passes.load_all()
+    found = [
         {
             "name": name,
             "effect": cls.effect.value,
@@ -42,8 +57,9 @@ def list_passes() -> list[dict[str, Any]]:
             "summary": _summary(cls),
             "options": _options(cls),
         }
-        for name, cls in contracts.passes
+        for name, cls in passes.items()
     ]
+    return Listing(found, [*errors])
 
 
 def passes_table(found: list[dict[str, Any]]) -> RenderableType:
@@ -60,10 +76,11 @@ def _paragraphs(things: list[tuple[str, str, dict[str, Any]]]) -> RenderableType
     return Group(*lines)
 
 
-def list_targets() -> list[dict[str, Any]]:
+def list_targets() -> Listing:
     """Every target with its precisions, its options, and what of its needs is missing."""
+    targets, errors = contracts.targets.load_all()
     found = []
-    for name, cls in contracts.targets:
+    for name, cls in targets.items():
         missing = [package for package in cls.requires if version(package) is None]
         found.append(
             {
@@ -71,11 +88,11 @@ def list_targets() -> list[dict[str, Any]]:
                 "precisions": list(cls.precisions),
                 "options": [option for option in _options(cls) if option["name"] != "precision"],
                 "missing": missing,
-                "install": f"pip install -c constraints.txt 'edgekit[{cls.extra}]'" if missing else None,
+                "install": install_command(cls.extra, missing) if missing else None,
                 "summary": _summary(cls),
             }
         )
-    return found
+    return Listing(found, [*errors])
 
 
 def targets_table(found: list[dict[str, Any]]) -> RenderableType:
@@ -83,13 +100,18 @@ def targets_table(found: list[dict[str, Any]]) -> RenderableType:
     return _paragraphs([(item["name"], f"{', '.join(item['precisions'])}; {item['install'] or 'ready'}", item) for item in found])
 
 
-def list_models() -> list[dict[str, Any]]:
+def list_models() -> Listing:
     """Every zoo model with its parameters, its MACs and its accuracy as its training measured it."""
     from edgekit.cli.inspect import inspect_model
 
-    found = []
-    for name, model in contracts.models:
-        inspected = inspect_model(name, [], None, top=0)
+    models, not_imported = contracts.models.load_all()
+    found, errors = [], list[EdgekitError](not_imported)
+    for name, model in models.items():
+        try:
+            inspected = inspect_model(name, [], None, top=0)
+        except EdgekitError as error:
+            errors.append(error)
+            continue
         found.append(
             {
                 "name": name,
@@ -102,7 +124,7 @@ def list_models() -> list[dict[str, Any]]:
                 "source": model.source,
             }
         )
-    return found
+    return Listing(found, errors)
 
 
 def models_table(found: list[dict[str, Any]]) -> RenderableType:

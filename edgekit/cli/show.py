@@ -79,7 +79,7 @@ def _numbers(report: dict[str, Any]) -> RenderableType:
         title=f"what it cost ({escape(data['source'])}, {data['calibration']} calibration inputs)",
         title_justify="left",
         caption="canonical against the exported graph, each pass against the graph before it, the artifact against the original model's "
-        "own outputs" + ("" if metric is None else f"; accuracy on {metric['samples']} held-out samples, points against the original"),
+        "own outputs" + ("" if metric is None else f"; accuracy on {_samples(metric, data)}, points against the original"),
         caption_justify="left",
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -105,6 +105,12 @@ def _numbers(report: dict[str, Any]) -> RenderableType:
             add(escape(item["spec"]), item["parity"], item["metric"])
     add("artifact", artifact["parity"], artifact["metric"], "bold")
     return table
+
+
+def _samples(metric: dict[str, Any], data: dict[str, Any]) -> str:
+    if data["held_out"]:
+        return f"{metric['samples']} held-out samples"
+    return f"{metric['samples']} samples, the calibration inputs among them"
 
 
 def _decibel(parity: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Helpers over onnx_ir graphs that passes, targets and the driver share.
 
-    edgekit.graph.run(model_or_path, {name: array})    runs a graph on torch tensors
-    edgekit.graph.cost(model)                          counts parameters, MACs, bytes and activation memory
+edgekit.graph.run(model_or_path, {name: array})    runs a graph on torch tensors
+edgekit.graph.cost(model)                          counts parameters, MACs, bytes and activation memory
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ WHOLE = frozenset(
 )
 """Operators of ONNX that count as whole. Those of the domain `edgekit` count too: each has a body of standard operators.
 
-MatMul, Add, Relu, Sigmoid and the like are not here: they are the parts. Nor are quantized operators: passes that insert them are not exact.
+MatMul, Add, Relu, Sigmoid and the like are not here: they are the parts. Nor are quantized operators:
+passes that insert them are not exact.
 """
 
 _OWN_DOMAIN = "edgekit"

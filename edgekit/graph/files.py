@@ -44,6 +44,7 @@ def save_model(model: ir.Model, path: Path) -> list[Path]:
         OSError: The file system refused, or is full.
     """
     if weight_bytes(model) <= INLINE_LIMIT:
+        ir.external_data.load_to_model(model)  # a weight in a file beside the source would be looked for beside `path`
         ir.save(model, path)
         return [path]
     data = path.with_name(path.name + ".data")

@@ -161,7 +161,7 @@ def _axes(node: ir.Node, rank: int) -> list[int] | None:
     if given is not None and array is None:
         return None
     axes = array.reshape(-1).tolist() if array is not None else list(node.attributes.get_ints("axes", ()))
-    if not axes and node.attributes.get_int("noop_with_empty_axes", 0):
+    if not axes and node.attributes.get_int("noop_with_empty_axes", False):
         return None
     return sorted({axis % rank for axis in axes}) or list(range(rank))
 

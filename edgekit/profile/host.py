@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgekit import native
-from edgekit.contracts import Arrays, Target
 from edgekit.evaluate import in_worker
 from edgekit.isolation import Worker
 from edgekit.machine import processor
+from edgekit.native import Timed
 from edgekit.profile.measure import summarize
 
 
-def latency(
-    worker: Worker, target: Target, folders: dict[str, Path], feed: Arrays, threads: int, budget_s: float, max_runs: int, seed: int
-) -> dict[str, Any]:
-    """Times the lowered model in `folders["result"]`, in turn with that in `folders["baseline"]` if there is one.
+def latency(worker: Worker, timed: dict[str, Timed], threads: int, budget_s: float, max_runs: int, seed: int) -> dict[str, Any]:
+    """Times the lowered model `timed["result"]`, in turn with `timed["baseline"]` if there is one.
 
     Args:
         worker: The process to run in.
-        target: The target of both.
-        folders: Where each was lowered to.
-        feed: The input, the same for both.
+        timed: What is timed.
         threads: Threads to run on.
         budget_s: Seconds to measure for.
         max_runs: Runs at most of each.
@@ -33,7 +28,7 @@ def latency(
     Returns:
         The dictionary `latency` of report.json.
     """
-    times = in_worker(worker, "latency", native.time_lowered, target, folders, feed, threads, budget_s, max_runs, seed)
+    times = in_worker(worker, "latency", native.time_lowered, timed, threads, budget_s, max_runs, seed)
     return summarize(
         times["result"], times.get("baseline"), device=f"host ({processor()})", threads=threads, rng=np.random.default_rng(seed)
     ).to_dict()

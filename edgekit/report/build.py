@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.artifact import SCHEMA, describe_files
-from edgekit.data import declared_inputs
+from edgekit.contracts import Arrays
+from edgekit.data import Declared, declared_inputs
 from edgekit.evaluate import Outcome
 from edgekit.graph.cost import Cost
 from edgekit.metrics import Metric, difference
@@ -32,7 +33,9 @@ class Compiled:
         base: The uncompressed model's outcome, which every accuracy difference is taken from.
         lowered: The artifact's outcome.
         parity: The artifact's outputs against the original model's own.
-        precision: The lowest precision that anything in the artifact computes in.
+        precision: The lowest precision that takes part in the artifact: in which values are held, computed or stored.
+        inputs: What the optimized graph declares of its inputs.
+        feed: One calibration batch in the dtypes of those.
         parity_table: The rows of the parity table.
         latency: The dictionary `latency`, or None where it was not measured.
     """
@@ -44,6 +47,8 @@ class Compiled:
     lowered: Outcome
     parity: Parity
     precision: str
+    inputs: dict[str, Declared]
+    feed: Arrays
     parity_table: list[ParityRow] = field(default_factory=list)
     latency: dict[str, Any] | None = None
 
@@ -62,6 +67,7 @@ def build_report(
         folder: The artifact's folder, complete but for the report.
     """
     base, lowered = compiled.base, compiled.lowered
+    target = recipe.make_target()
     files = describe_files(folder)
     parameters = original.source.parameters()
     return {
@@ -72,12 +78,16 @@ def build_report(
             "parameters": compiled.original_cost.parameters if parameters is None else parameters,
             "macs": compiled.original_cost.macs,
             "bytes": compiled.original_cost.bytes,
-            "inputs": _inputs(original),
+            "inputs": _inputs(declared_inputs(original.model)),
             "outputs": _outputs(original),
             "metric": _metric(base.test),
         },
-        "target": {"name": recipe.make_target().name, "precision": recipe.precision, "facts": lowered.facts or {}},
-        "data": {"source": original.data.origin, "calibration": len(original.data.calibration)},
+        "target": {"name": target.name, "precision": target.precision, "facts": lowered.facts or {}},
+        "data": {
+            "source": original.data.origin,
+            "calibration": len(original.data.calibration),
+            "held_out": original.data.held_out,
+        },
         "stages": [{"name": stage.name, "seconds": round(stage.seconds, 4)} for stage in stages],
         "canonical": {"parity": compiled.canonical.to_dict()},
         "passes": [_pass(result) for result in compiled.passes],
@@ -85,6 +95,7 @@ def build_report(
         "artifact": {
             "path": ".",
             "precision": compiled.precision,
+            "inputs": _inputs(compiled.inputs),
             "bytes": sum(file["bytes"] for file in files.values()),
             "files": files,
             "parity": compiled.parity.to_dict(),
@@ -101,11 +112,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _inputs(original: Original) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "shape": list(declared.shape), "dtype": declared.dtype.name}
-        for name, declared in declared_inputs(original.model).items()
-    ]
+def _inputs(inputs: dict[str, Declared]) -> list[dict[str, Any]]:
+    return [{"name": name, "shape": list(declared.shape), "dtype": declared.dtype.name} for name, declared in inputs.items()]
 
 
 def _outputs(original: Original) -> list[dict[str, Any]]:

@@ -146,4 +146,6 @@ def _require_onnxruntime() -> None:
     try:
         import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as error:
-        raise MissingToolError(f"the target 'onnxruntime' needs the package onnxruntime: {error}", fix="pip install onnxruntime") from error
+        raise MissingToolError(
+            f"the target 'onnxruntime' needs the package onnxruntime: {error}", fix="pip install -c constraints.txt onnxruntime"
+        ) from error

@@ -118,6 +118,8 @@ def _facts(compiled: ov.CompiledModel, asked: str, int8: str, model: ov.Model) -
     """
     hint: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     facts = {"asked_precision": asked, "executed_precision": _PRECISIONS.get(hint, hint), "instruction_set": _isa(compiled)}
+    if asked == "fp16":
+        facts["weights_precision"] = "fp16"
     if int8:
         facts["quantized_operators"] = int8
     if any(port.get_element_type().get_type_name() == "f64" for op in model.get_ops() for port in op.outputs()):

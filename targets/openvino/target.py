@@ -89,5 +89,5 @@ def _require_openvino() -> None:
         importlib.import_module("openvino")
     except ImportError as error:
         raise MissingToolError(
-            f"the target 'openvino' needs the package openvino: {error}", fix="pip install 'edgekit[openvino]'"
+            f"the target 'openvino' needs the package openvino: {error}", fix="pip install -c constraints.txt 'edgekit[openvino]'"
         ) from error

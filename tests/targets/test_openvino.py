@@ -150,7 +150,7 @@ def test_missing_package_gives_the_command(graphs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingToolError) as caught:
         OpenVino().load(tmp_path, 1)
-    assert caught.value.fix == "pip install 'edgekit[openvino]'"
+    assert caught.value.fix == "pip install -c constraints.txt 'edgekit[openvino]'"
 
 
 def test_missing_and_damaged_artifacts(graphs, through, tmp_path):
