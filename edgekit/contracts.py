@@ -167,6 +167,8 @@ class ZooModel:
         dataset: Name of the dataset that it was trained on, if any.
         accuracy: Top-1 on that dataset's test part, as measured by the training command.
         source: Paper or origin.
+        parameters: Its parameters, for a model that takes long to trace; with `macs` known, listing the zoo does not build it.
+        macs: Multiply-accumulates of one inference at `input_shape`.
     """
 
     name: str
@@ -175,6 +177,8 @@ class ZooModel:
     dataset: str | None = None
     accuracy: float | None = None
     source: str = ""
+    parameters: int | None = None
+    macs: int | None = None
 
 
 T = TypeVar("T")

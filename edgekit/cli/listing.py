@@ -101,22 +101,25 @@ def targets_table(found: list[dict[str, Any]]) -> RenderableType:
 
 
 def list_models() -> Listing:
-    """Every zoo model with its parameters, its MACs and its accuracy as its training measured it."""
+    """Every zoo model with its parameters, its MACs and its accuracy as measured in training; those that state their cost are not built."""
     from edgekit.cli.inspect import inspect_model
 
     models, not_imported = contracts.models.load_all()
     found, errors = [], list[EdgekitError](not_imported)
     for name, model in models.items():
-        try:
-            inspected = inspect_model(name, [], None, top=0)
-        except EdgekitError as error:
-            errors.append(error)
-            continue
+        parameters, macs = model.parameters, model.macs
+        if parameters is None or macs is None:
+            try:
+                inspected = inspect_model(name, [], None, top=0)
+            except EdgekitError as error:
+                errors.append(error)
+                continue
+            parameters, macs = inspected["parameters"], inspected["macs"]
         found.append(
             {
                 "name": name,
-                "parameters": inspected["parameters"],
-                "macs": inspected["macs"],
+                "parameters": parameters,
+                "macs": macs,
                 "input": "×".join(map(str, model.input_shape)),
                 "values": math.prod(model.input_shape),
                 "dataset": model.dataset,

@@ -1,147 +1,55 @@
-"""Reads convolutions, batch norms and identities as one thing, a linear form of a source value, and adds such forms.
+"""Reads convolutions, average pooling, scales, shifts and identities as one thing: a linear form of a source value.
 
-A form says t[n, o, y] = bias[o] + Σ kernel[o, i, u] · source0[n, i, stride·y + offset(u)], where source0 is the source continued by zeros.
-Offsets replace pads and dilations: the taps of one axis are `start, start + step, …` relative to the position `stride·y`. Two forms with
-the same source, stride and output shape add tap by tap, whatever their kernel sizes, pads and dilations were (Ding et al. 2021, "Diverse
-Branch Block: Building a Convolution as an Inception-like Unit", section 3.2).
-
-What a form costs follows from its geometry; its weights are read only when it is used.
+A value is followed backwards as far as each of its makers is linear and is read by nothing else; what is between it and the source is then
+one convolution, whose geometry (`geometry.py`) says what it costs. Weights are read and multiplied (`composition.py`) only when it is used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from edgekit.graph.constants import constant_array, is_used_once
 from edgekit.graph.shapes import static_shape
-from edgekit.passes.reparameterize.batch_norm import affine, is_batch_norm, why_not_affine
+from edgekit.passes.reparameterize.affine import read_affine
+from edgekit.passes.reparameterize.batch_norm import Affine, is_batch_norm, why_not_affine
+from edgekit.passes.reparameterize.composition import Weights, added_weights, composed_weights
+from edgekit.passes.reparameterize.geometry import Geometry, Taps, composed_geometry, identity_geometry, why_not_composed
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
-class Taps:
-    """Where a kernel reads along one spatial axis: at `start + step·u` for u in 0 … count − 1."""
-
-    start: int
-    step: int
-    count: int
-
-    @property
-    def last(self) -> int:
-        """The offset of the last tap."""
-        return self.start + self.step * (self.count - 1)
-
-
-def union(taps: Sequence[Taps]) -> Taps:
-    """Returns the coarsest regular taps that contain all of `taps`."""
-    start, last = min(tap.start for tap in taps), max(tap.last for tap in taps)
-    step = reduce(math.gcd, [*(tap.step for tap in taps if tap.count > 1), *(tap.start - start for tap in taps)], 0) or 1
-    return Taps(start, step, (last - start) // step + 1)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The shape of the convolution that a form is.
-
-    Attributes:
-        groups: Number of groups g.
-        in_channels: Channels I of the source.
-        out_shape: `[N, O, *spatial]`.
-        stride: Per spatial axis.
-        taps: Per spatial axis.
-        has_bias: Whether there is a bias.
-    """
-
-    groups: int
-    in_channels: int
-    out_shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    taps: tuple[Taps, ...]
-    has_bias: bool
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """`[O, I/g, *kernel]`."""
-        return (self.out_shape[1], self.in_channels // self.groups, *(tap.count for tap in self.taps))
-
-    @property
-    def parameters(self) -> int:
-        """Elements of weight and bias."""
-        return math.prod(self.weight_shape) + (self.out_shape[1] if self.has_bias else 0)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of one inference."""
-        return math.prod(self.out_shape) * math.prod(self.weight_shape[1:])
-
-    def pads(self, in_spatial: Sequence[int]) -> list[int]:
-        """ONNX's pads, begins then ends, for a source of spatial size `in_spatial`.
-
-        An end pad that is negative by less than a stride (the last rows are never read) is 0: it gives the same output size.
-        """
-        begins = [-tap.start for tap in self.taps]
-        ends = [
-            max(0, (size - 1) * stride + tap.last - (source - 1))
-            for size, stride, tap, source in zip(self.out_shape[2:], self.stride, self.taps, in_spatial, strict=True)
-        ]
-        return begins + ends
-
-
-@dataclass(frozen=True)
 class LinearForm:
-    """A value as a linear form of `source`: a convolution or the identity, followed by batch norms.
+    """A value as a linear form of `source`.
 
     Attributes:
         source: The value that is read.
         geometry: The convolution that the form is.
-        conv: The Conv node, or None for the identity.
-        norms: The BatchNormalization nodes after it, in order.
+        nodes: The nodes that compute the value from the source, in order; none for the identity.
         macs: Multiply-accumulates of these nodes.
-        parameters: Elements of their weights.
+        weights: Reads weight `[O, I/g, *kernel]` and bias `[O]` in float64.
     """
 
     source: ir.Value
     geometry: Geometry
-    conv: ir.Node | None
-    norms: tuple[ir.Node, ...]
+    nodes: tuple[ir.Node, ...]
     macs: int
-    parameters: int
+    weights: Callable[[], Weights]
 
     @property
-    def nodes(self) -> tuple[ir.Node, ...]:
-        """The nodes that compute the form from its source."""
-        return self.norms if self.conv is None else (self.conv, *self.norms)
-
-    def weight_and_bias(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the weight `[O, I/g, *kernel]` and the bias `[O]` in float64."""
-        channels = self.geometry.out_shape[1]
-        bias = np.zeros(channels)
-        if self.conv is None:
-            weight = np.ones(self.geometry.weight_shape)
-        else:
-            arrays = [constant_array(value) for value in self.conv.inputs[1:]]
-            assert arrays[0] is not None
-            weight = arrays[0].astype(np.float64)
-            if len(arrays) > 1 and arrays[1] is not None:
-                bias = arrays[1].astype(np.float64)
-        for norm in self.norms:
-            a = affine(norm)
-            weight *= a.scale.reshape(-1, *[1] * (weight.ndim - 1))
-            bias = a.scale * bias + a.shift
-        return weight, bias
+    def has_convolution(self) -> bool:
+        """Whether a Conv is among its nodes."""
+        return any(node.op_type == "Conv" for node in self.nodes)
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why a value that a convolution or batch norm makes is not read as a form of `source`."""
+    """Why a value that a linear operator makes is not read as a form of `source`."""
 
     source: ir.Value | None
     node: ir.Node
@@ -149,54 +57,168 @@ class Obstacle:
 
 
 def interpret(value: ir.Value, *, free: bool) -> tuple[LinearForm | None, Obstacle | None]:
-    """Reads `value` as a linear form.
+    """Reads `value` as a linear form of the farthest source that it is one of.
 
-    A value that no convolution or batch norm makes, or whose maker cannot be absorbed, is the identity form of itself; then the second
-    result says why it could not be absorbed. No form at all: the value is no map `[N, C, *spatial]` of floats of known shape.
+    A value that no linear operator makes, or whose maker cannot be absorbed, is the identity form of itself; then the second result says
+    why it could not be absorbed. No form at all: the value is no map `[N, C, *spatial]` of floats of known shape.
 
     Args:
         value: The value to read.
         free: Whether its maker may be absorbed: nothing reads the value but the sum that asks.
     """
-    norms: list[ir.Node] = []
-    node, current = value.producer(), value
+    chain: list[LinearForm] = []
     obstacle = None
-    while is_batch_norm(node):
-        assert node is not None
-        why = _why_not_absorbed(node, free if current is value else is_used_once(current)) or why_not_affine(node)
-        if why is not None or node.inputs[0] is None:
-            obstacle = Obstacle(node.inputs[0], node, why or "it reads nothing")
+    current = value
+    while (node := current.producer()) is not None:
+        own = read_operator(node)
+        if own is None:
             break
-        norms.insert(0, node)
-        current = node.inputs[0]
-        node = current.producer()
-    conv = None
-    if obstacle is None and node is not None and node.op_type == "Conv" and node.domain == "":
-        why = _why_not_absorbed(node, free if current is value else is_used_once(current)) or _why_not_regular(node)
-        if why is None:
-            conv = node
-        else:
+        alone = free if current is value else is_used_once(current)
+        if isinstance(own, str) or not alone:
+            why = own if isinstance(own, str) and alone else f"the output of {node.op_type} '{node.name}' is read elsewhere"
             obstacle = Obstacle(node.inputs[0], node, why)
-    form = _conv_form(conv, norms) if conv is not None else _identity_form(current, norms)
+            break
+        chain.append(own)
+        current = own.source
+    form = identity_form(current)
+    for own in reversed(chain):
+        longer = own if form is None else compose(own, form)
+        if isinstance(longer, str):
+            assert form is not None
+            obstacle, longer = Obstacle(form.source, own.nodes[0], longer), own
+        form = longer
     return form, obstacle
 
 
-def _why_not_absorbed(node: ir.Node, free: bool) -> str | None:
-    return None if free else f"the output of {node.op_type} '{node.name}' is read elsewhere"
+def read_operator(node: ir.Node) -> LinearForm | str | None:
+    """Reads one node as a form of its input; returns the condition that failed where it nearly is one, None for other operators.
+
+    Read are Conv, AveragePool over windows of one size, Pad with zeros (or by less than nothing: a crop), and what scales and shifts
+    channels by constants (`affine.py`).
+    """
+    if node.domain == "" and node.op_type == "Conv":
+        return _read_conv(node)
+    if node.domain == "" and node.op_type == "AveragePool":
+        return _read_pool(node)
+    if node.domain == "" and node.op_type == "Pad":
+        return _read_pad(node)
+    if is_batch_norm(node) and (why := why_not_affine(node)) is not None:
+        return why
+    found = read_affine(node)
+    if found is None or found.axis not in (1, None):
+        return None
+    identity = identity_form(found.x)
+    a = found.along(1) if identity is not None and found.map.scale.size in (1, identity.geometry.in_shape[1]) else None
+    return None if identity is None or a is None else _affine_form(identity, node, a)
 
 
-def _why_not_regular(conv: ir.Node) -> str | None:
-    """Returns why a Conv is not a linear form with constant weights and known shapes."""
-    shape, out_shape, weight = static_shape(conv.inputs[0]), static_shape(conv.outputs[0]), constant_array(conv.inputs[1])
+def identity_form(source: ir.Value) -> LinearForm | None:
+    """Returns `source` `[N, C, *spatial]` as the form of itself; None where it is no map of floats of known shape."""
+    shape = static_shape(source)
+    if shape is None or len(shape) < 3 or source.dtype not in _FLOATS:
+        return None
+    geometry = identity_geometry(shape)
+    return LinearForm(source, geometry, (), 0, lambda: (np.ones(geometry.weight_shape), np.zeros(shape[1])))
+
+
+def compose(second: LinearForm, first: LinearForm) -> LinearForm | str:
+    """Returns `second`, a form of what `first` makes, as a form of the source of `first`; or the condition that failed."""
+    if not first.nodes:
+        return second
+    outer, inner = second.geometry, first.geometry
+    why = why_not_composed(outer, inner)
+    if why is not None:
+        return why
+    geometry = composed_geometry(outer, inner)
+    return LinearForm(
+        first.source,
+        geometry,
+        first.nodes + second.nodes,
+        first.macs + second.macs,
+        lambda: composed_weights(second.weights(), outer, first.weights(), inner, geometry),
+    )
+
+
+def merged_weights(forms: Iterable[tuple[LinearForm, int]], geometry: Geometry) -> Weights:
+    """Adds forms, each so many times (subtracts where negative), in float64: weight `[O, I/g, *kernel]` and bias `[O]` of `geometry`."""
+    return added_weights(((form.geometry, form.weights(), times) for form, times in forms), geometry)
+
+
+def _affine_form(identity: LinearForm, node: ir.Node, a: Affine) -> LinearForm:
+    geometry = replace(identity.geometry, has_bias=bool(a.shift.any()))
+    return LinearForm(identity.source, geometry, (node,), 0, lambda: (a.scale.reshape(geometry.weight_shape).copy(), a.shift.copy()))
+
+
+def _read_conv(conv: ir.Node) -> LinearForm | str:
+    """Reads a Conv with constant weights, known shapes and pads that are not negative."""
+    source, shape, out_shape = conv.inputs[0], static_shape(conv.inputs[0]), static_shape(conv.outputs[0])
+    weight, bias = constant_array(conv.inputs[1]), constant_array(conv.inputs[2]) if len(conv.inputs) > 2 else None
     if weight is None:
         return f"the weight of Conv '{conv.name}' is not a constant"
-    if len(conv.inputs) > 2 and conv.inputs[2] is not None and constant_array(conv.inputs[2]) is None:
+    if len(conv.inputs) > 2 and conv.inputs[2] is not None and bias is None:
         return f"the bias of Conv '{conv.name}' is not a constant"
-    if shape is None or out_shape is None:
+    if source is None or shape is None or out_shape is None:
         return f"the shapes around Conv '{conv.name}' are not known"
-    if len(shape) != weight.ndim or any(pad < 0 for pad in conv_pads(conv)):
-        return f"Conv '{conv.name}' has pads or a rank that are not supported"
-    return None
+    groups = conv.attributes.get_int("group", 1)
+    if len(shape) != weight.ndim or len(shape) < 3 or source.dtype not in _FLOATS or groups * weight.shape[1] != shape[1]:
+        return f"Conv '{conv.name}' has a rank, type or number of channels that is not supported"
+    pads = conv_pads(conv)
+    if any(pad < 0 for pad in pads):
+        return f"Conv '{conv.name}' has negative pads"
+    rank = len(shape) - 2
+    taps = tuple(map(Taps, (-pad for pad in pads[:rank]), _per_axis(conv, "dilations", rank), weight.shape[2:]))
+    geometry = Geometry(groups, shape, out_shape, _per_axis(conv, "strides", rank), taps, bias is not None and bool(bias.any()))
+
+    def read() -> Weights:
+        shift = np.zeros(weight.shape[0]) if bias is None else bias.astype(np.float64)
+        return weight.astype(np.float64), shift
+
+    return LinearForm(source, geometry, (conv,), geometry.macs, read)
+
+
+def _read_pool(pool: ir.Node) -> LinearForm | str:
+    """Reads an AveragePool whose windows all divide by the size of the kernel: a depthwise convolution with equal weights.
+
+    Windows at the rim divide by fewer where padding does not count, and where `ceil_mode` lets the last one overrun the padded input.
+    """
+    source, shape, out_shape = pool.inputs[0], static_shape(pool.inputs[0]), static_shape(pool.outputs[0])
+    kernel = tuple(pool.attributes.get_ints("kernel_shape", ()))
+    if source is None or shape is None or out_shape is None or len(shape) < 3 or len(kernel) != len(shape) - 2:
+        return f"the shapes around AveragePool '{pool.name}' are not known"
+    rank = len(kernel)
+    pads = _pads(pool, shape[2:], kernel)
+    if any(pads) and not pool.attributes.get_int("count_include_pad", 0):
+        return f"AveragePool '{pool.name}' does not count its padding: it divides by less at the rim"
+    if any(pad < 0 for pad in pads):
+        return f"AveragePool '{pool.name}' has negative pads"
+    taps = tuple(map(Taps, (-pad for pad in pads[:rank]), _per_axis(pool, "dilations", rank), kernel))
+    geometry = Geometry(shape[1], shape, out_shape, _per_axis(pool, "strides", rank), taps, False)
+    if any(needed > given for needed, given in zip(geometry.pads()[rank:], pads[rank:], strict=True)):
+        return f"the last window of AveragePool '{pool.name}' overruns its padding: it divides by less there"
+    return LinearForm(
+        source, geometry, (pool,), 0, lambda: (np.full(geometry.weight_shape, 1.0 / math.prod(kernel)), np.zeros(out_shape[1]))
+    )
+
+
+def _read_pad(pad: ir.Node) -> LinearForm | str | None:
+    """Reads a Pad with zeros along spatial axes: the identity, read from another place."""
+    value = pad.inputs[2] if len(pad.inputs) > 2 else None
+    axes_value = pad.inputs[3] if len(pad.inputs) > 3 else None
+    amounts, axes, constant = constant_array(pad.inputs[1]), constant_array(axes_value), constant_array(value)
+    identity = identity_form(pad.inputs[0]) if pad.inputs[0] is not None else None
+    out_shape = static_shape(pad.outputs[0])
+    if identity is None or out_shape is None or amounts is None or (axes is None) != (axes_value is None):
+        return None
+    if pad.attributes.get_string("mode", "constant") != "constant" or (value is not None and (constant is None or constant.any())):
+        return f"Pad '{pad.name}' does not pad with zeros"
+    rank = len(out_shape)
+    begins = [0] * rank
+    for axis, begin in zip(range(rank) if axes is None else axes, amounts, strict=False):  # the begins are the first half
+        begins[axis] = int(begin)
+    if any(begins[:2]) or out_shape[:2] != identity.geometry.in_shape[:2]:
+        return f"Pad '{pad.name}' pads channels"
+    geometry = replace(identity.geometry, out_shape=out_shape, taps=tuple(Taps(-begin, 1, 1) for begin in begins[2:]))
+    return LinearForm(identity.source, geometry, (pad,), 0, identity.weights)
 
 
 def conv_pads(conv: ir.Node) -> list[int]:
@@ -204,85 +226,25 @@ def conv_pads(conv: ir.Node) -> list[int]:
 
     SAME pads so that the output has ceil(size/stride) positions; an odd pad is longer at the end (SAME_UPPER) or at the begin (SAME_LOWER).
     """
-    weight, shape = static_shape(conv.inputs[1]) or (), static_shape(conv.inputs[0]) or ()
-    rank = len(weight) - 2
-    auto_pad = conv.attributes.get_string("auto_pad", "NOTSET")
+    return _pads(conv, (static_shape(conv.inputs[0]) or ())[2:], (static_shape(conv.inputs[1]) or ())[2:])
+
+
+def _pads(node: ir.Node, sizes: Sequence[int], kernel: Sequence[int]) -> list[int]:
+    rank = len(kernel)
+    auto_pad = node.attributes.get_string("auto_pad", "NOTSET")
     if auto_pad == "NOTSET":
-        return list(conv.attributes.get_ints("pads", ())) or [0] * 2 * rank
+        return list(node.attributes.get_ints("pads", ())) or [0] * 2 * rank
     if auto_pad == "VALID":
         return [0] * 2 * rank
-    strides, dilations = _per_axis(conv, "strides", rank), _per_axis(conv, "dilations", rank)
+    strides, dilations = _per_axis(node, "strides", rank), _per_axis(node, "dilations", rank)
     begins, ends = [], []
-    for size, kernel, stride, dilation in zip(shape[2:], weight[2:], strides, dilations, strict=True):
-        total = max(0, (-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size)
+    for size, count, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        total = max(0, (-(-size // stride) - 1) * stride + dilation * (count - 1) + 1 - size)
         small = total // 2
         begins.append(small if auto_pad == "SAME_UPPER" else total - small)
         ends.append(total - begins[-1])
     return begins + ends
 
 
-def _per_axis(conv: ir.Node, name: str, rank: int) -> tuple[int, ...]:
-    return tuple(conv.attributes.get_ints(name, ())) or (1,) * rank
-
-
-def _conv_form(conv: ir.Node, norms: list[ir.Node]) -> LinearForm:
-    source, shape, out_shape = conv.inputs[0], static_shape(conv.inputs[0]), static_shape(conv.outputs[0])
-    weight_shape = static_shape(conv.inputs[1])
-    if source is None or shape is None or out_shape is None or weight_shape is None:
-        raise ValueError("the form of a Conv needs known shapes")
-    rank = len(shape) - 2
-    begins = conv_pads(conv)[:rank]
-    taps = tuple(
-        Taps(-pad, step, count) for pad, step, count in zip(begins, _per_axis(conv, "dilations", rank), weight_shape[2:], strict=True)
-    )
-    has_bias = len(conv.inputs) > 2 and conv.inputs[2] is not None
-    groups, stride = conv.attributes.get_int("group", 1), _per_axis(conv, "strides", rank)
-    alone = Geometry(groups, shape[1], out_shape, stride, taps, has_bias)
-    geometry = Geometry(groups, shape[1], out_shape, stride, taps, has_bias or bool(norms))
-    extra = len(norms)
-    return LinearForm(
-        source, geometry, conv, tuple(norms), alone.macs + extra * math.prod(out_shape), alone.parameters + 4 * extra * out_shape[1]
-    )
-
-
-def _identity_form(source: ir.Value, norms: list[ir.Node]) -> LinearForm | None:
-    shape = static_shape(source)
-    if shape is None or len(shape) < 3 or source.dtype not in _FLOATS:
-        return None
-    rank = len(shape) - 2
-    geometry = Geometry(shape[1], shape[1], shape, (1,) * rank, (Taps(0, 1, 1),) * rank, bool(norms))
-    return LinearForm(source, geometry, None, tuple(norms), len(norms) * math.prod(shape), 4 * len(norms) * shape[1])
-
-
-def merged_geometry(geometries: Sequence[Geometry]) -> Geometry:
-    """Returns the geometry of the sum of forms with one source, stride and output shape.
-
-    Groups are lifted to the greatest common divisor: a convolution of g groups is one of g' groups with zeros when g' divides g.
-    """
-    first = geometries[0]
-    groups = reduce(math.gcd, [geometry.groups for geometry in geometries])
-    taps = tuple(union(axis) for axis in zip(*(geometry.taps for geometry in geometries), strict=True))
-    return Geometry(groups, first.in_channels, first.out_shape, first.stride, taps, any(geometry.has_bias for geometry in geometries))
-
-
-def merged_weights(forms: Sequence[tuple[LinearForm, int]], geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
-    """Adds forms, each so many times, in float64: weight `[O, I/g, *kernel]` and bias `[O]` of `geometry`."""
-    total = np.zeros(geometry.weight_shape)
-    total_bias = np.zeros(geometry.out_shape[1])
-    kernel = geometry.weight_shape[2:]
-    for form, times in forms:
-        weight, bias = form.weight_and_bias()
-        own = form.geometry
-        slices: tuple[Any, ...] = tuple(
-            slice((tap.start - wide.start) // wide.step, (tap.last - wide.start) // wide.step + 1, max(1, tap.step // wide.step))
-            for tap, wide in zip(own.taps, geometry.taps, strict=True)
-        )
-        outer, inner = geometry.groups, own.groups // geometry.groups  # `inner` of the form's groups lie in one merged group
-        rows, columns = own.out_shape[1] // own.groups, own.in_channels // own.groups
-        target = total.reshape(outer, inner, rows, inner, columns, *kernel)
-        blocks = np.moveaxis(weight.reshape(outer, inner, rows, columns, *weight.shape[2:]), 1, 0)
-        diagonal: Any = np.arange(inner)
-        every: Any = slice(None)
-        target[every, diagonal, every, diagonal, every, *slices] += times * blocks
-        total_bias += times * bias
-    return total, total_bias
+def _per_axis(node: ir.Node, name: str, rank: int) -> tuple[int, ...]:
+    return tuple(node.attributes.get_ints(name, ())) or (1,) * rank

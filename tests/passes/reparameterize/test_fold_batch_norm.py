@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import onnx_ir as ir
@@ -163,6 +164,32 @@ def test_matmul(folded, rng, nodes, bias, left):
     text = f"g (float[3,5] x) => (float[3,6] y) {{ {nodes}  y = BatchNormalization(c, s, t, m, v) }}"
     model = folded(text, arrays, {"x": rng.normal(size=(3, 5)).astype(np.float32)})
     assert [node.op_type for node in model.graph] == left
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("(float[2,7,6] y) { c = MatMul(x, w)  t0 = Transpose<perm=[0,2,1]>(c)  n = NORM(t0)  y = Transpose<perm=[0,2,1]>(n) }",
+         ["MatMul", "Add"]),
+        ("(float[2,7,6] y) { p = MatMul(x, w)  c = Add(p, b)  r = Reshape(c, flat)  n = NORM(r)  y = Reshape(n, back) }",
+         ["MatMul", "Add"]),
+        ("(float[2,6] y) { c = MatMul(x, w)  t0 = Transpose<perm=[0,2,1]>(c)  p = ReduceMean<keepdims=0>(t0, last)  y = NORM(p) }",
+         ["MatMul", "Add", "Transpose", "ReduceMean"]),
+    ],
+)  # fmt: skip
+def test_layout_between(folded, rng, text, left):
+    arrays = {"w": rng.normal(size=(5, 6)).astype(np.float32), "b": rng.normal(size=6).astype(np.float32)} | norm_arrays(rng, 6)
+    arrays |= {"flat": np.array([14, 6]), "back": np.array([2, 7, 6]), "last": np.array([-1])}
+    text = re.sub(r"NORM\((\w+)\)", r"BatchNormalization(\1, s, t, m, v)", f"g (float[2,7,5] x) => {text}")
+    used = re.findall(r"\w+", text)
+    feeds = {"x": rng.normal(size=(2, 7, 5)).astype(np.float32)}
+    model = folded(text, {name: array for name, array in arrays.items() if name in used}, feeds)
+    assert [node.op_type for node in model.graph] == left
+
+
+def test_value_between_that_is_read_elsewhere_is_refused(refused, arrays):
+    text = CONV.replace("y = Batch", "p = AveragePool<kernel_shape=[2,2], pads=[1,1,0,0]>(c)  y = Batch").replace("(c, s", "(p, s")
+    refused(text.replace("=> (", "=> (float[1,6,7,5] p, "), arrays, "the output of AveragePool 'AveragePool_1' is read elsewhere")
 
 
 def test_two_norms_in_a_row_fold_both(build, run, assert_equal_up_to_rounding, arrays, rng):

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from edgekit.passes.reparameterize.linear_form import Taps, conv_pads, interpret, merged_geometry, merged_weights, union
+from edgekit.passes.reparameterize.geometry import Taps, merged_geometry, union
+from edgekit.passes.reparameterize.linear_form import conv_pads, interpret, merged_weights
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are tiny: a second thread only waits for a core that others use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -30,7 +40,7 @@ def convolve(x, w, b, stride, dilation, groups, pads):
     return functional.conv2d(padded, w, b, stride, 0, dilation, groups)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_sum_of_convolutions_is_one_convolution(build, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -62,7 +72,7 @@ def test_sum_of_convolutions_is_one_convolution(build, data):
         expected = expected + times * convolve(x, w, b, stride, dilation, groups, begins + ends)
     geometry = merged_geometry([form.geometry for form, _ in forms])
     weight, bias = (torch.from_numpy(array) for array in merged_weights(forms, geometry))
-    merged = convolve(x, weight, bias, stride, tuple(tap.step for tap in geometry.taps), geometry.groups, geometry.pads(size))
+    merged = convolve(x, weight, bias, stride, tuple(tap.step for tap in geometry.taps), geometry.groups, geometry.pads())
     assert tuple(weight.shape) == geometry.weight_shape
     assert merged.shape == expected.shape
     np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))

@@ -1,0 +1,1 @@
+"""Objectives by which a rewritten network wins back what it lost."""

@@ -1,0 +1,1 @@
+"""Networks that process a part of their input."""
