@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import os
 import stat
@@ -15,6 +13,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from edgekit.errors import SourceError
+from edgekit.quiet import muted
 
 _PROTO_LIMIT = 2**31 - 1
 
@@ -29,7 +28,7 @@ def read_onnx(path: Path) -> ir.Model:
     proto = _parse(path)
     _check_initializer_names(proto.graph, path)
     try:
-        with _quiet():
+        with muted("onnx_ir"):
             model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises many kinds for malformed content
         raise SourceError(
@@ -51,18 +50,6 @@ def _check_initializer_names(graph: onnx.GraphProto, path: Path) -> None:
         if name in seen:
             raise SourceError(f"two initializers are named '{name}'", where=str(path), fix="rename one of them, or export the model again")
         seen.add(name)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps remarks of onnx_ir on malformed graphs off the terminal: the checks that follow say the same as errors."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _drop_weight_inputs(graph: ir.Graph) -> None:

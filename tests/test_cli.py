@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import edgekit
+from tests.conftest import command, edgekit
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "numpy", "sklearn", "PIL", "psutil", "cloudpickle")
 
@@ -134,6 +134,13 @@ def test_verbose_errors_come_with_their_traceback(arguments: list[str], told: bo
     assert done.returncode in (2, 3)
     assert ("Traceback" in done.stderr) == told
     assert "error: " in done.stderr
+
+
+def test_json_needs_a_standard_output() -> None:
+    call = command("passes", "--json")
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *call], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "standard output, which is closed" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["passes", "targets", "models", "doctor"])

@@ -156,7 +156,10 @@ def verify(
     """Repeat the parity check of an artifact."""
     from edgekit.artifact import open_artifact
 
-    parity = open_artifact(artifact).verify().to_dict()
+    with _reporter(quiet or as_json) as reporter:
+        reporter.expect(1)
+        with reporter.stage("run artifact"):
+            parity = open_artifact(artifact).verify().to_dict()
     if as_json:
         _print_json(context, parity)
     elif not quiet:
@@ -207,7 +210,10 @@ def inspect(
     """Show a model's operators, parameters, MACs, bytes and largest layers."""
     from edgekit.cli.inspect import inspect_model, inspection_table
 
-    found = inspect_model(model, inputs or [], weights, top)
+    with _reporter(quiet or as_json) as reporter:
+        reporter.expect(1)
+        with reporter.stage("inspect"):
+            found = inspect_model(model, inputs or [], weights, top)
     if as_json:
         _print_json(context, found)
     elif not quiet:
@@ -237,7 +243,9 @@ def models_command(context: typer.Context, as_json: Json = False, quiet: Quiet =
     """List the zoo with parameters, MACs and accuracy."""
     from edgekit.cli.listing import list_models, models_table
 
-    _show_list(context, list_models(), models_table, as_json, quiet)
+    with _reporter(quiet or as_json) as reporter:
+        models = list_models(reporter)
+    _show_list(context, models, models_table, as_json, quiet)
 
 
 @app.command()

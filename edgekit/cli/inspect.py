@@ -16,12 +16,12 @@ from edgekit.errors import TraceError
 from edgekit.graph.canonicalize import canonicalize
 from edgekit.graph.check import check_model
 from edgekit.graph.cost import cost
-from edgekit.graph.opset import to_opset
+from edgekit.graph.opset import OPSET, to_opset
 from edgekit.graph.shapes import infer_shapes, pin_inputs
 from edgekit.inputs import parse_inputs
 from edgekit.original import example_pins, pin
 from edgekit.source import Source, open_source
-from edgekit.trace import EXPORTERS, OPSET, trace
+from edgekit.trace import EXPORTERS, trace
 
 
 def inspect_model(model: str, inputs: Sequence[str], weights: str | None, top: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from edgekit.errors import SourceError, nearest
 _SMALL_TENSOR_BYTES = 1024
 """Tensors up to this size stay in the protobuf: they may be the shape that a Reshape reads."""
 
+_LONGEST_VECTOR = 1 << 24
+
 _PLACEHOLDER = "weight-left-out"
 
 
@@ -83,7 +85,9 @@ def infer_shapes(model: ir.Model) -> None:
     try:
         with without_weights(model):
             proto = ir.to_proto(model)
-        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=False)
+        if not _has_long_vector(inferred.graph):
+            inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except Exception as error:
         raise SourceError(
             f"the shapes of the graph cannot be inferred: {error}",
@@ -91,6 +95,15 @@ def infer_shapes(model: ir.Model) -> None:
             fix="check the file with `python -m onnx.checker FILE`, or export the model again",
         ) from error
     _merge_graph(model.graph, inferred.graph)
+
+
+def _has_long_vector(graph: onnx.GraphProto) -> bool:
+    """Whether some vector is so long that data propagation, which writes out the elements of vectors, would fill the memory."""
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 1 and dims[0].dim_value > _LONGEST_VECTOR:
+            return True
+    return False
 
 
 def _merge_graph(graph: ir.Graph, proto: onnx.GraphProto) -> None:
