@@ -72,8 +72,8 @@ def test_one_broken_package_hides_no_other(tmp_path: Path, tiny: Path) -> None:
     )
     (tmp_path / "broken-1.0.dist-info" / "entry_points.txt").write_text(groups)
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for command, kind, other in (("passes", "pass", "to-float16"), ("targets", "target", "openvino"), ("models", "model", "vit_digits")):
-        done = edgekit(command, "--json", env=env)
+    for listed, kind, other in (("passes", "pass", "to-float16"), ("targets", "target", "openvino"), ("models", "model", "vit_digits")):
+        done = edgekit(listed, "--json", env=env)
         assert done.returncode == 0, done.stderr
         names = {item["name"] for item in json.loads(done.stdout)}
         assert other in names
