@@ -39,6 +39,7 @@ def read_onnx(path: Path) -> ir.Model:
         _check_external(tensor, folder, path)
         tensor.base_dir = str(folder)
     _drop_weight_inputs(model.graph)
+    _forget_negative_sizes(model)
     model.ir_version = max(model.ir_version or 0, 4)  # before 4 every initializer had to be an input
     return model
 
@@ -57,6 +58,14 @@ def _drop_weight_inputs(graph: ir.Graph) -> None:
     fed = [value for value in graph.inputs if not value.is_initializer()]
     if len(fed) != len(graph.inputs):
         graph.inputs[:] = fed
+
+
+def _forget_negative_sizes(model: ir.Model) -> None:
+    """A declared size of -1 is how some tools write "unknown"; onnx's shape inference ends the process on it."""
+    for graph in [*model.graphs(), *(function.graph for function in model.functions.values())]:
+        for value in (*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)):
+            if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
+                value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
 
 
 def _parse(path: Path) -> onnx.ModelProto:
