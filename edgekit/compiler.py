@@ -34,7 +34,7 @@ from edgekit.evaluate import Evaluator, Outcome, cast_feeds, in_worker
 from edgekit.graph.canonicalize import canonicalize
 from edgekit.graph.cost import cost
 from edgekit.graph.files import save_model
-from edgekit.graph.opset import to_opset
+from edgekit.graph.opset import OPSET, to_opset
 from edgekit.graph.precision import graph_precision, lowest
 from edgekit.graph.shapes import infer_shapes
 from edgekit.inputs import parse_inputs
@@ -49,7 +49,6 @@ from edgekit.progress import Reporter
 from edgekit.recipe import IN_MEMORY, Recipe, dump_recipe, parse_skips
 from edgekit.report.build import Compiled, build_report, write_report
 from edgekit.staging import full_error, lacks_room, staged
-from edgekit.trace import OPSET
 from edgekit.verify import assert_close, compare
 
 if TYPE_CHECKING:

@@ -206,7 +206,7 @@ def apply_pass(item: Pass, spec: str, model: ir.Model, context: Context) -> int:
         return item.apply(model, context)
     except EdgekitError:
         raise
-    except Exception as error:  # a pass may be anybody's code
+    except (Exception, SystemExit) as error:  # a pass may be anybody's code
         raise PassError(
             f"pass '{spec}' failed: {type(error).__name__}: {error}",
             where=f"{type(item).__module__}.{type(item).__qualname__}",

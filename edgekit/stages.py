@@ -20,7 +20,7 @@ from edgekit.evaluate import in_worker
 from edgekit.graph.canonicalize import canonicalize
 from edgekit.graph.check import check_model
 from edgekit.graph.files import save_model
-from edgekit.graph.opset import to_opset
+from edgekit.graph.opset import OPSET, to_opset
 from edgekit.graph.shapes import infer_shapes, pin_inputs
 from edgekit.inputs import InputSpec, parse_inputs
 from edgekit.isolation import Worker
@@ -28,7 +28,7 @@ from edgekit.original import example_pins, pin
 from edgekit.pipeline import apply_pass
 from edgekit.recipe import Recipe
 from edgekit.source import Source, open_source
-from edgekit.trace import EXPORTERS, OPSET, trace
+from edgekit.trace import EXPORTERS, trace
 
 CANONICAL, LOWERED = "canonical", "lowered"
 

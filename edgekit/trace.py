@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,15 +21,14 @@ import onnx_ir as ir
 
 from edgekit.contracts import Arrays
 from edgekit.errors import TraceError
+from edgekit.graph.cost import MODULE_KEY
+from edgekit.graph.opset import OPSET
 from edgekit.graph.parameters import names_by_parameter, tag_parameters
+from edgekit.quiet import muted
 from edgekit.source import Source
 
 if TYPE_CHECKING:
     import torch
-
-OPSET = 23
-MODULE_KEY = "edgekit.module"
-"""Metadata key under which a node keeps the path of the module it came from, such as `blocks.3.attn.qkv`."""
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _TORCHSCRIPT_OPSET = 17
@@ -256,15 +254,9 @@ def _name_outputs(model: ir.Model) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the exporters' warnings and log lines off the user's terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with muted("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _reason(error: BaseException) -> str:

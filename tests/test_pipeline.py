@@ -141,11 +141,12 @@ def test_the_budget_undoes_what_costs_too_much(run) -> None:
     assert outcome.test.all()
 
 
-def test_a_pass_that_raises_is_named(run) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), SystemExit(0)])
+def test_a_pass_that_raises_is_named(run, error: BaseException) -> None:
     def broken(model: ir.Model, context: Context) -> int:
-        raise ZeroDivisionError("division by zero")
+        raise error
 
-    with pytest.raises(PassError, match="'test-pass' failed: ZeroDivisionError"):
+    with pytest.raises(PassError, match=f"'test-pass' failed: {type(error).__name__}"):
         run(make(Effect.EXACT, broken))
 
 

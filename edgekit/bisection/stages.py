@@ -23,12 +23,11 @@ from edgekit.evaluate import Evaluator, in_worker
 from edgekit.graph import canonicalize
 from edgekit.graph.files import save_model
 from edgekit.graph.fingerprint import fingerprint
-from edgekit.graph.opset import to_opset
+from edgekit.graph.opset import OPSET, to_opset
 from edgekit.graph.precision import graph_precision, lowest
 from edgekit.graph.shapes import infer_shapes
 from edgekit.isolation import Worker
 from edgekit.pipeline import apply_pass
-from edgekit.trace import OPSET
 
 LOWERED = "lowered"
 

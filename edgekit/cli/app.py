@@ -234,7 +234,8 @@ def verify(
     from edgekit.artifact import open_artifact
 
     opened = open_artifact(artifact)
-    parity = opened.verify().to_dict()
+    with _working(quiet or as_json, "run artifact"):
+        parity = opened.verify().to_dict()
     if as_json:
         _print_json(context, parity)
     elif not quiet:
@@ -307,14 +308,18 @@ def inspect(
             )
         from edgekit.cli.inspect import inspect_model, inspection_table
 
-        _show(context, inspect_model(model, inputs or [], weights, top), inspection_table, as_json, quiet)
+        with _working(quiet or as_json, "inspect"):
+            found = inspect_model(model, inputs or [], weights, top)
+        _show(context, found, inspection_table, as_json, quiet)
         return
     from edgekit.cli.stage import inspect_stage, stage_table
     from edgekit.recipe import Recipe
 
     chosen = () if no_passes else tuple(passes) if passes else None
     recipe = Recipe(model, target or "", passes=chosen, data=data, inputs=tuple(inputs or ()), weights=weights)
-    _show(context, inspect_stage(recipe, stage, out, force), stage_table, as_json, quiet)
+    with _working(quiet or as_json, f"graph at {stage}"):
+        found = inspect_stage(recipe, stage, out, force)
+    _show(context, found, stage_table, as_json, quiet)
 
 
 @app.command()
@@ -333,7 +338,9 @@ def diff(
     """Show which operators went and came from A to B, by module: networks in canonical form, .onnx files and artifacts as they are."""
     from edgekit.cli.diff import diff_sources, diff_table
 
-    _show(context, diff_sources(first, second, inputs or [], depth), diff_table, as_json, quiet)
+    with _working(quiet or as_json, "diff"):
+        found = diff_sources(first, second, inputs or [], depth)
+    _show(context, found, diff_table, as_json, quiet)
 
 
 @app.command("passes")
@@ -357,7 +364,9 @@ def models_command(context: typer.Context, as_json: Json = False, quiet: Quiet =
     """List the zoo with parameters, MACs and accuracy."""
     from edgekit.cli.listing import list_models, models_table
 
-    _show_list(context, list_models(), models_table, as_json, quiet)
+    with _reporter(quiet or as_json) as reporter:
+        models = list_models(reporter)
+    _show_list(context, models, models_table, as_json, quiet)
 
 
 @app.command()
@@ -399,6 +408,15 @@ def _reporter(quiet: bool) -> Iterator[Reporter]:
     with interrupts.handled(), _display(quiet) as reporter:
         reporter.check = interrupts.check
         yield reporter
+
+
+@contextlib.contextmanager
+def _working(quiet: bool, stage: str) -> Iterator[None]:
+    """Tells of a command that is one stage."""
+    with _reporter(quiet) as reporter:
+        reporter.expect(1)
+        with reporter.stage(stage):
+            yield
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from edgekit import contracts, specs
 from edgekit.cli.show import count, rows_table
 from edgekit.errors import EdgekitError
 from edgekit.machine import install_command, version
+from edgekit.progress import Reporter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +101,17 @@ def targets_table(found: list[dict[str, Any]]) -> RenderableType:
     return _paragraphs([(item["name"], f"{', '.join(item['precisions'])}; {item['install'] or 'ready'}", item) for item in found])
 
 
-def list_models() -> Listing:
+def list_models(reporter: Reporter) -> Listing:
     """Every zoo model with its parameters, its MACs and its accuracy as its training measured it."""
     from edgekit.cli.inspect import inspect_model
 
     models, not_imported = contracts.models.load_all()
     found, errors = [], list[EdgekitError](not_imported)
+    reporter.expect(len(models))
     for name, model in models.items():
         try:
-            inspected = inspect_model(name, [], None, top=0)
+            with reporter.stage(name):
+                inspected = inspect_model(name, [], None, top=0)
         except EdgekitError as error:
             errors.append(error)
             continue

@@ -193,16 +193,17 @@ ATTENTION = {
     "sdpa, three axes": Case(_sdpa(), ((3, 5, 8), (3, 6, 8), (3, 6, 8)), ONE),
     "sdpa, groups": Case(_sdpa(enable_gqa=True), GROUPED, ONE),
     "sdpa, groups by repeat": Case(
-        lambda: Function(
-            lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1))
-        ),
+        lambda: Function(lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1))),
         GROUPED,
         ONE,
     ),
     "timm, fused": Case(lambda: TimmAttention(True), (TOKENS,), ONE),
     "timm, written out": Case(lambda: TimmAttention(False), (TOKENS,), ONE),
     "timm, q and k normalized": Case(lambda: TimmAttention(True, normalized=True), (TOKENS,), {"Attention": 1, "LayerNormalization": 2}),
-    **{f"timm, {split}": Case(lambda split=split: TimmAttention(False, split), (TOKENS,), ONE) for split in ("index", "chunk", "slice", "heads")},
+    **{
+        f"timm, {split}": Case(lambda split=split: TimmAttention(False, split), (TOKENS,), ONE)
+        for split in ("index", "chunk", "slice", "heads")
+    },
     **{
         f"swin, {'fused' if fused else 'written out'}{', shifted' if shifted else ''}": Case(
             lambda shifted=shifted, fused=fused: Window(shifted, fused), ((2, 4, 4, DIM),), ONE
@@ -290,7 +291,7 @@ _SQUARES: dict[str, Callable[[Tensor], Tensor]] = {"pow": lambda d: d.pow(2), "m
 _JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sqrt": lambda d, v: d / torch.sqrt(v),
     "rsqrt": lambda d, v: d * torch.rsqrt(v),
-    "power": lambda d, v: d * v ** -0.5,
+    "power": lambda d, v: d * v**-0.5,
     "half power": lambda d, v: d / v**0.5,
 }
 
@@ -313,8 +314,17 @@ NORMALIZATION = {
     "layer norm, no bias": Case(lambda: _scaled(nn.LayerNorm(DIM, bias=False)), (TOKENS,), LAYER),
     "layer norm, two axes": Case(lambda: _scaled(nn.LayerNorm((6, DIM))), (TOKENS,), LAYER),
     "layer norm of channels": Case(lambda: _scaled(ChannelNorm()), (IMAGE,), LAYER),
-    **{f"layer norm by hand, {square}, {join}": Case(_hand(square, join), (TOKENS,), LAYER) for square, join in (
-        ("pow", "sqrt"), ("mul", "sqrt"), ("square", "rsqrt"), ("pow", "rsqrt"), ("mul", "power"), ("pow", "half power"))},
+    **{
+        f"layer norm by hand, {square}, {join}": Case(_hand(square, join), (TOKENS,), LAYER)
+        for square, join in (
+            ("pow", "sqrt"),
+            ("mul", "sqrt"),
+            ("square", "rsqrt"),
+            ("pow", "rsqrt"),
+            ("mul", "power"),
+            ("pow", "half power"),
+        )
+    },
     "layer norm by var": Case(
         lambda: Function(lambda x: (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5)),
         (TOKENS,),
@@ -328,8 +338,10 @@ NORMALIZATION = {
     ),
     "rms norm": Case(lambda: _scaled(nn.RMSNorm(DIM)), (TOKENS,), RMS, newest=True),
     "rms norm of llama": Case(LlamaNorm, (TOKENS,), RMS),
-    **{f"rms norm by hand, {square}, {join}": Case(_hand(square, join, False), (TOKENS,), RMS) for square, join in (
-        ("pow", "rsqrt"), ("mul", "sqrt"), ("square", "power"))},
+    **{
+        f"rms norm by hand, {square}, {join}": Case(_hand(square, join, False), (TOKENS,), RMS)
+        for square, join in (("pow", "rsqrt"), ("mul", "sqrt"), ("square", "power"))
+    },
     "batch norm": Case(lambda: _scaled(nn.BatchNorm2d(8)), (IMAGE,), {"BatchNormalization": 1}),
     "batch norm by hand": Case(lambda: HandBatchNorm(False), (IMAGE,), {"BatchNormalization": 1, "Conv": 1}),
     "batch norm, frozen": Case(lambda: HandBatchNorm(True), (IMAGE,), {"BatchNormalization": 1, "Conv": 1}),
