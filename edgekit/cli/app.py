@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgekit.cli.session import Session
+from edgekit.cli.working import reporting, working
 from edgekit.errors import EdgekitError, UsageError
 
 if TYPE_CHECKING:
     from edgekit.cli.listing import Listing
-    from edgekit.progress import Reporter
     from edgekit.recipe import Recipe
 
 EXIT_CODES = """
@@ -123,7 +121,7 @@ def compile_command(
     }
     full = _recipe(recipe, {key: value for key, value in given.items() if value is not None})
     folder = out or Path(f"{_short_name(full.model)}-{full.target.partition('{')[0]}.edgekit")
-    with _reporter(quiet or as_json) as reporter:
+    with reporting(quiet or as_json) as reporter:
         artifact = run_job(Job(full, timing=Timing(budget_s=seconds)), folder, force=force, reporter=reporter)
     if as_json:
         _print_json(context, artifact.report)
@@ -206,7 +204,7 @@ def bisect_command(
     if other is not None and (target or passes or no_passes or recipe or skip):
         raise UsageError("two files are compared as they are: no pass runs and nothing is lowered", fix="edgekit bisect A.onnx B.onnx")
     job = Job(_recipe(recipe, {key: value for key, value in given.items() if value is not None}, "edgekit bisect"))
-    with _reporter(quiet or as_json) as reporter:
+    with reporting(quiet or as_json) as reporter:
         if other is None:
             finding = bisect_job(job, min_sqnr, out, force=force, reporter=reporter)
         else:
@@ -234,7 +232,7 @@ def verify(
     from edgekit.artifact import open_artifact
 
     opened = open_artifact(artifact)
-    with _working(quiet or as_json, "run artifact"):
+    with working(quiet or as_json, "run artifact"):
         parity = opened.verify().to_dict()
     if as_json:
         _print_json(context, parity)
@@ -264,7 +262,7 @@ def profile(
     """Time an artifact beside its uncompressed baseline, the two in turn."""
     from edgekit.artifact import open_artifact
 
-    with _reporter(quiet or as_json) as reporter:
+    with reporting(quiet or as_json) as reporter:
         reporter.expect(1)
         with reporter.stage("latency", seconds):
             latency = open_artifact(artifact).profile(budget_s=seconds, max_runs=runs)
@@ -308,7 +306,7 @@ def inspect(
             )
         from edgekit.cli.inspect import inspect_model, inspection_table
 
-        with _working(quiet or as_json, "inspect"):
+        with working(quiet or as_json, "inspect"):
             found = inspect_model(model, inputs or [], weights, top)
         _show(context, found, inspection_table, as_json, quiet)
         return
@@ -317,7 +315,7 @@ def inspect(
 
     chosen = () if no_passes else tuple(passes) if passes else None
     recipe = Recipe(model, target or "", passes=chosen, data=data, inputs=tuple(inputs or ()), weights=weights)
-    with _working(quiet or as_json, f"graph at {stage}"):
+    with working(quiet or as_json, f"graph at {stage}"):
         found = inspect_stage(recipe, stage, out, force)
     _show(context, found, stage_table, as_json, quiet)
 
@@ -338,7 +336,7 @@ def diff(
     """Show which operators went and came from A to B, by module: networks in canonical form, .onnx files and artifacts as they are."""
     from edgekit.cli.diff import diff_sources, diff_table
 
-    with _working(quiet or as_json, "diff"):
+    with working(quiet or as_json, "diff"):
         found = diff_sources(first, second, inputs or [], depth)
     _show(context, found, diff_table, as_json, quiet)
 
@@ -364,7 +362,7 @@ def models_command(context: typer.Context, as_json: Json = False, quiet: Quiet =
     """List the zoo with parameters, MACs and accuracy."""
     from edgekit.cli.listing import list_models, models_table
 
-    with _reporter(quiet or as_json) as reporter:
+    with reporting(quiet or as_json) as reporter:
         models = list_models(reporter)
     _show_list(context, models, models_table, as_json, quiet)
 
@@ -397,43 +395,6 @@ def _show(context: typer.Context, found: list[dict[str, Any]] | dict[str, Any], 
 
 def _print_json(context: typer.Context, value: Any) -> None:
     context.ensure_object(Session).write_json(value)
-
-
-@contextlib.contextmanager
-def _reporter(quiet: bool) -> Iterator[Reporter]:
-    """Tells how far the work has come, and stops it between two stages after a signal."""
-    from edgekit.cli.interrupts import Interrupts
-
-    interrupts = Interrupts()
-    with interrupts.handled(), _display(quiet) as reporter:
-        reporter.check = interrupts.check
-        yield reporter
-
-
-@contextlib.contextmanager
-def _working(quiet: bool, stage: str) -> Iterator[None]:
-    """Tells of a command that is one stage."""
-    with _reporter(quiet) as reporter:
-        reporter.expect(1)
-        with reporter.stage(stage):
-            yield
-
-
-@contextlib.contextmanager
-def _display(quiet: bool) -> Iterator[Reporter]:
-    if quiet:
-        from edgekit.progress import Reporter
-
-        yield Reporter()
-    elif sys.stderr.isatty():
-        from edgekit.cli.progress import BarReporter
-
-        with BarReporter() as bar:
-            yield bar
-    else:
-        from edgekit.cli.progress import PlainReporter
-
-        yield PlainReporter()
 
 
 def main() -> None:

@@ -71,13 +71,22 @@ def sole_reader(value: ir.Value) -> tuple[ir.Node, ir.Value] | None:
 
 
 def is_same(a: ir.Value | None, b: ir.Value | None) -> bool:
-    """True when the two are one value, or are made in the same way from the same values (a Sub or Cast that is written twice)."""
+    """True when the two are one value, or are made in the same way from the same values (a Sub, a Cast or a mean that is written twice)."""
     if a is b:
         return a is not None
-    first, second = made_by(a, "Sub", "Cast"), made_by(b, "Sub", "Cast")
-    if first is None or second is None or first.op_type != second.op_type or list(first.inputs) != list(second.inputs):
+    first, second = a.producer() if a is not None else None, b.producer() if b is not None else None
+    if first is None or second is None or first.domain != second.domain or first.op_type != second.op_type:
         return False
-    return {name: attr.value for name, attr in first.attributes.items()} == {name: attr.value for name, attr in second.attributes.items()}
+    if first.domain != "" or first.op_type not in ("Sub", "Cast", "ReduceMean") or len(first.inputs) != len(second.inputs):
+        return False
+    if {name: attr.value for name, attr in first.attributes.items()} != {name: attr.value for name, attr in second.attributes.items()}:
+        return False
+    return all(is_same(x, y) or _are_equal_constants(x, y) for x, y in zip(first.inputs, second.inputs, strict=True))
+
+
+def _are_equal_constants(a: ir.Value | None, b: ir.Value | None) -> bool:
+    first, second = constant_array(a), constant_array(b)
+    return first is not None and second is not None and first.dtype == second.dtype and np.array_equal(first, second)
 
 
 def same_rank(a: ir.Value, b: ir.Value) -> bool:
