@@ -11,6 +11,7 @@ does not depend on an exporter. Prints, per network:
     norm         whole normalizations / calls of normalizations in the source
     act          whole activations / calls in the source
     parts        nodes that a normalization or an activation leaves where it is in parts
+    exporter     that wrote the graph: where one fails, the other, as `edgekit compile` does
     error        largest difference between ONNX Runtime on the canonical graph and PyTorch, relative to the largest value
 """
 
@@ -28,11 +29,12 @@ import onnx_ir as ir
 import torch
 from torch.overrides import TorchFunctionMode
 
+from edgekit.errors import TraceError
 from edgekit.graph.canonicalize import canonicalize
-from edgekit.graph.opset import DEFAULT_OPSET, to_opset
+from edgekit.graph.opset import OPSET, to_opset
 from edgekit.graph.shapes import infer_shapes
 from edgekit.source import Source
-from edgekit.trace import trace
+from edgekit.trace import EXPORTERS, trace
 from tests.timm_support import create_timm
 
 GOAL = 1e-4
@@ -81,6 +83,7 @@ class Row:
     nodes: Counter[str]
     error: float
     seconds: float
+    exporter: str
     model: ir.Model
 
 
@@ -117,9 +120,13 @@ def measure(name: str, exporter: str = "dynamo", seed: int = 0) -> Row:
         expected = module(x).numpy()
     source = Source(name, module=module, example_inputs=(x,))
     begun = time.perf_counter()
-    model = trace(source, exporter).model
+    try:
+        model = trace(source, exporter).model
+    except TraceError:  # as `edgekit compile` does: the other exporter
+        (exporter,) = set(EXPORTERS) - {exporter}
+        model = trace(source, exporter).model
     infer_shapes(model)
-    canonicalize(to_opset(model, DEFAULT_OPSET))
+    canonicalize(to_opset(model, OPSET))
     infer_shapes(model)
     seconds = time.perf_counter() - begun
     options = onnxruntime.SessionOptions()
@@ -128,7 +135,7 @@ def measure(name: str, exporter: str = "dynamo", seed: int = 0) -> Row:
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     error = float(np.abs(result - expected).max() / np.abs(expected).max())
-    return Row(calls.count, Counter(node.op_type for node in model.graph), error, seconds, model)
+    return Row(calls.count, Counter(node.op_type for node in model.graph), error, seconds, exporter, model)
 
 
 def attentions(row: Row) -> tuple[int, int]:
@@ -142,7 +149,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", default=list(FAMILIES.values()), help="names of timm (default: one of each family)")
     parser.add_argument("--exporter", default="dynamo", choices=("dynamo", "torchscript"))
     options = parser.parse_args()
-    print(f"{'network':<32}{'attention':>10}{'softmax':>8}{'norm':>9}{'act':>8}{'nodes':>7}{'error':>9}  parts left")
+    print(f"{'network':<32}{'attention':>10}{'softmax':>8}{'norm':>9}{'act':>8}{'nodes':>7}{'error':>9}  exporter, parts left")
     failed = False
     for name in options.names:
         row = measure(name, options.exporter)
@@ -152,7 +159,7 @@ def main() -> int:
         parts = ", ".join(f"{row.nodes[part]} {part}" for part in PARTS if row.nodes[part])
         print(
             f"{name:<32}{f'{found}/{wanted}':>10}{row.nodes['Softmax']:>8}{f'{norms[0]}/{norms[1]}':>9}{f'{acts[0]}/{acts[1]}':>8}"
-            f"{row.nodes.total():>7}{row.error:>9.1e}  {parts}",
+            f"{row.nodes.total():>7}{row.error:>9.1e}  {', '.join(filter(None, (row.exporter, parts)))}",
             flush=True,
         )
         failed |= row.error > GOAL

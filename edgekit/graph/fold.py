@@ -179,7 +179,11 @@ def _fold_node(node: ir.Node, opset: int, budget: Budget) -> list[np.ndarray] | 
         if node.op_type in ("Shape", "Size"):
             return _fold_shape(node)
         bound = _BOUNDS.get(node.op_type)
-        if (bound is None and node.op_type not in fold_general.GENERAL) or not node.inputs or not all(value is None or _is_constant(value) for value in node.inputs):
+        if (
+            (bound is None and node.op_type not in fold_general.GENERAL)
+            or not node.inputs
+            or not all(value is None or _is_constant(value) for value in node.inputs)
+        ):
             return None
         if any(value is not None and value.dtype == ir.DataType.STRING for value in node.inputs):
             return None
@@ -251,17 +255,22 @@ def _sized(tensor: ir.TensorProtocol) -> np.ndarray:
 
 def _evaluate(node: ir.Node, opset: int) -> list[np.ndarray]:
     inputs = [value.const_value.numpy() if value is not None and value.const_value is not None else None for value in node.inputs]
-    if node.op_type == "GatherND" and not node.attributes.get_int("batch_dims", 0):  # the reference loops in Python
-        return [inputs[0][tuple(np.moveaxis(inputs[1], -1, 0))]]
-    if node.op_type == "GatherElements":
-        axis = node.attributes.get_int("axis", 0) % inputs[0].ndim
-        covered = inputs[0][tuple(slice(None if at == axis else size) for at, size in enumerate(inputs[1].shape))]
-        return [np.take_along_axis(covered, inputs[1], axis)]
+    if node.op_type == "GatherElements" or (node.op_type == "GatherND" and not node.attributes.get_int("batch_dims", 0)):
+        return [_gathered(node, *(array for array in inputs if array is not None))]
     attributes = {name: ir.to_proto(attr.as_tensor()) if attr.type == ir.AttributeType.TENSOR else attr.value
                   for name, attr in node.attributes.items()}  # fmt: skip
     with np.errstate(all="ignore"):
         results = onnx.reference.ops.load_op("", node.op_type, opset).eval(*inputs, **attributes)
     return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
+def _gathered(node: ir.Node, data: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """GatherND and GatherElements by numpy: the reference implementation loops in Python."""
+    if node.op_type == "GatherND":
+        return np.asarray(data[tuple(np.moveaxis(indices, -1, 0))])
+    axis = node.attributes.get_int("axis", 0) % data.ndim
+    covered = data[tuple(slice(None) if at == axis else slice(size) for at, size in enumerate(indices.shape))]
+    return np.take_along_axis(covered, indices, axis)
 
 
 def _as_declared(node: ir.Node, results: Sequence[np.ndarray]) -> list[np.ndarray] | None:

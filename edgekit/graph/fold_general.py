@@ -50,7 +50,9 @@ def _work(node: ir.Node, elements: int, sizes: Sequence[int]) -> int:
     if node.op_type == "Gemm":
         return elements * max(sizes, default=1)
     if node.op_type == "Conv":
-        image, kernel = (value.const_value.shape.numpy() if value is not None and value.const_value is not None else () for value in node.inputs[:2])
+        image, kernel = (
+            value.const_value.shape.numpy() if value is not None and value.const_value is not None else () for value in node.inputs[:2]
+        )
         padded = image[1] * math.prod(size + sum(abs(pad) for pad in node.attributes.get_ints("pads", ())) for size in image[2:])
         return max(padded * image[0], elements * math.prod(kernel[1:]))
     return elements + 8 * sum(sizes)

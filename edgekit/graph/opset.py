@@ -17,6 +17,7 @@ from onnxscript.version_converter import convert_version
 from edgekit.errors import EdgekitError, SourceError, UnsupportedOpError
 from edgekit.graph import opset_repairs
 from edgekit.graph.check import check_node, describe_node
+from edgekit.graph.names import unique_names
 from edgekit.graph.shapes import infer_shapes, static_shape, without_weights
 
 OPSET = 23
@@ -55,6 +56,7 @@ def to_opset(model: ir.Model, version: int = OPSET) -> ir.Model:
 
 def _to_opset(model: ir.Model, version: int) -> ir.Model:
     common.RemoveInitializersFromInputsPass()(model)
+    unique_names(model)  # from here on values are known by name
     if "ai.onnx" in model.opset_imports:
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     current = model.opset_imports.setdefault("", version)

@@ -96,10 +96,7 @@ class TimmAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._operands(x)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.fused:
-            y = F.scaled_dot_product_attention(q, k, v)
-        else:
-            y = ((q * SIZE**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        y = F.scaled_dot_product_attention(q, k, v) if self.fused else (q * SIZE ** (-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 

@@ -81,12 +81,18 @@ def is_same(a: ir.Value | None, b: ir.Value | None) -> bool:
         return False
     if {name: attr.value for name, attr in first.attributes.items()} != {name: attr.value for name, attr in second.attributes.items()}:
         return False
-    return all(is_same(x, y) or _are_equal_constants(x, y) for x, y in zip(first.inputs, second.inputs, strict=True))
+    if first.op_type == "ReduceMean" and len(first.inputs) == 2:
+        return is_same(first.inputs[0], second.inputs[0]) and _are_same_axes(first, second)
+    return all(is_same(x, y) for x, y in zip(first.inputs, second.inputs, strict=True))
 
 
-def _are_equal_constants(a: ir.Value | None, b: ir.Value | None) -> bool:
-    first, second = constant_array(a), constant_array(b)
-    return first is not None and second is not None and first.dtype == second.dtype and np.array_equal(first, second)
+def _are_same_axes(first: ir.Node, second: ir.Node) -> bool:
+    """True for constant axes that are the same ones, counted from either end."""
+    data, arrays = first.inputs[0], [constant_array(node.inputs[1]) for node in (first, second)]
+    if arrays[0] is None or arrays[1] is None or data is None or data.shape is None or not arrays[0].size:
+        return False
+    rank = len(data.shape)
+    return {int(axis) % rank for axis in arrays[0]} == {int(axis) % rank for axis in arrays[1]}
 
 
 def same_rank(a: ir.Value, b: ir.Value) -> bool:
