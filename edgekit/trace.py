@@ -201,7 +201,7 @@ def _exporter_default(model: ir.Model) -> ir.Model:
 def _name_by_module(model: ir.Model) -> None:
     """Names nodes `blocks.3.attn.qkv/MatMul` and their outputs alike, and keeps the module path as metadata."""
     graph = model.graph
-    kept = {value.name for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]}
+    kept = set(graph.outputs)  # values and not names: the exporter may call a node's output as a buffer is called
     used: dict[str, int] = {}
     for node in ir.traversal.RecursiveGraphIterator(graph):
         path = _module_path(node)
@@ -214,7 +214,7 @@ def _name_by_module(model: ir.Model) -> None:
         node.name = f"{base}.{count}" if count else base
         for position, output in enumerate(node.outputs):
             output.metadata_props.clear()
-            if output.name and output.name not in kept:
+            if output.name and output not in kept:
                 output.name = node.name if len(node.outputs) == 1 else f"{node.name}:{position}"
 
 
