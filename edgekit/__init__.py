@@ -13,12 +13,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from edgekit.artifact import Artifact
+    from edgekit.bisection.run import bisect
     from edgekit.compiler import compile
     from edgekit.contracts import Context, Effect, Pass, Target, register_pass, register_target
 
-__all__ = ["Artifact", "Context", "Effect", "Pass", "Target", "compile", "register_pass", "register_target"]
+__all__ = ["Artifact", "Context", "Effect", "Pass", "Target", "bisect", "compile", "register_pass", "register_target"]
 
 _HOMES = {
+    "bisect": "edgekit.bisection.run",
     "compile": "edgekit.compiler",
     "Artifact": "edgekit.artifact",
     "Context": "edgekit.contracts",

@@ -34,7 +34,7 @@ from edgekit.evaluate import Evaluator, Outcome, cast_feeds, in_worker
 from edgekit.graph.canonicalize import canonicalize
 from edgekit.graph.cost import cost
 from edgekit.graph.files import save_model
-from edgekit.graph.opset import to_opset
+from edgekit.graph.opset import OPSET, to_opset
 from edgekit.graph.precision import graph_precision, lowest
 from edgekit.graph.shapes import infer_shapes
 from edgekit.inputs import parse_inputs
@@ -46,10 +46,9 @@ from edgekit.parity_table import ParityTable
 from edgekit.pipeline import Budget, PassResult, run_passes
 from edgekit.profile.host import latency
 from edgekit.progress import Reporter
-from edgekit.recipe import IN_MEMORY, Recipe, dump_recipe
+from edgekit.recipe import IN_MEMORY, Recipe, dump_recipe, parse_skips
 from edgekit.report.build import Compiled, build_report, write_report
 from edgekit.staging import full_error, lacks_room, staged
-from edgekit.trace import OPSET
 from edgekit.verify import assert_close, compare
 
 if TYPE_CHECKING:
@@ -103,6 +102,7 @@ def compile(
     max_drop: float | None = None,
     seed: int = 0,
     threads: int = 0,
+    skip: Sequence[str] = (),
     force: bool = False,
     timing: Timing | None = None,
     reporter: Reporter | None = None,
@@ -124,6 +124,7 @@ def compile(
         max_drop: The most that approximate passes may cost, in percentage points.
         seed: Seed of every random choice.
         threads: Threads that the target runs on; 0: all that this process may use.
+        skip: Places that a pass leaves alone, each `PASS:PLACE`.
         force: Whether an earlier artifact at `out` is replaced.
         timing: How long to measure latency; None: ten seconds.
         reporter: Told how far the compile has come.
@@ -145,6 +146,7 @@ def compile(
         max_drop=max_drop,
         seed=seed,
         threads=threads,
+        skip=parse_skips(skip),
     )
     job = Job(
         recipe,
@@ -180,6 +182,7 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
     target = recipe.make_target()
     notes: list[str] = []
     passes = recipe.make_passes(notes) if job.passes is None else list(job.passes)
+    recipe.require_skipped(passes)
     inputs = parse_inputs(recipe.inputs)
     _require_installed(target)
     recipe = dataclasses.replace(recipe, passes=tuple(specs.format_spec(item.name, item) for item in passes))
@@ -229,7 +232,7 @@ def _optimize_and_lower(
     budget = None if recipe.max_drop is None else Budget(recipe.max_drop)
     if budget is not None:
         budget.require_measure(base)
-    graph, optimized, results = run_passes(graph, passes, context, evaluator, base, reporter, budget, table)
+    graph, optimized, results = run_passes(graph, passes, context, evaluator, base, reporter, budget, table, recipe.skip)
     notes += [warning for result in results for warning in result.warnings]
     stage = f"lower to {target.name}"
     with reporter.stage(stage):

@@ -142,6 +142,10 @@ class Target(ABC):
     def load(self, folder: Path, threads: int) -> Executable:
         """Loads what `lower` wrote, to run on `threads` threads."""
 
+    def native_operators(self, folder: Path) -> dict[str, int]:
+        """Counts the operators in the native files that `lower` wrote, by the target's own names; empty where the format does not tell."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Dataset:

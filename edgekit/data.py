@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _LARGEST_INPUT = 2**31
+_LARGEST_CALIBRATION = 2**33
+"""Bytes; calibration inputs are held in memory."""
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
@@ -96,7 +98,7 @@ def load_data(
     Raises:
         DataError: The data cannot be read or does not fit the inputs.
     """
-    _require_bounded(declared)
+    _require_bounded(declared, calibration)
     if origin is None:
         return _noise(declared, calibration, seed)
     if not isinstance(origin, str):
@@ -124,13 +126,19 @@ def load_data(
     )
 
 
-def _require_bounded(declared: dict[str, Declared]) -> None:
+def _require_bounded(declared: dict[str, Declared], calibration: int) -> None:
     for name, what in declared.items():
         if (size := math.prod(what.shape) * what.dtype.itemsize) > _LARGEST_INPUT:
             raise DataError(
                 f"one input '{name}' {list(what.shape)} takes {size:,} bytes, the limit is {_LARGEST_INPUT:,}",
                 fix="pin the input to a smaller shape, or correct the model",
             )
+    batch = sum(math.prod(what.shape) * what.dtype.itemsize for what in declared.values())
+    if calibration * batch > _LARGEST_CALIBRATION:
+        raise DataError(
+            f"{calibration} calibration inputs take up to {calibration * batch:,} bytes, the limit is {_LARGEST_CALIBRATION:,}",
+            fix=f"--calibration {_LARGEST_CALIBRATION // batch} or fewer",
+        )
 
 
 def _noise(declared: dict[str, Declared], calibration: int, seed: int) -> Data:

@@ -47,6 +47,7 @@ class WorkerRaisedError(Exception):
 
     def __init__(self, kind: str, message: str, trace: str, errno: int | None = None) -> None:
         super().__init__(f"{kind}: {message}")
+        self.add_note(f"In the worker:\n{trace}")
         self.kind = kind
         self.message = message
         self.trace = trace

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import os
 import stat
@@ -15,6 +13,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from edgekit.errors import SourceError
+from edgekit.quiet import muted
 
 _PROTO_LIMIT = 2**31 - 1
 
@@ -29,7 +28,7 @@ def read_onnx(path: Path) -> ir.Model:
     proto = _parse(path)
     _check_initializer_names(proto.graph, path)
     try:
-        with _quiet():
+        with muted("onnx_ir"):
             model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises many kinds for malformed content
         raise SourceError(
@@ -40,6 +39,7 @@ def read_onnx(path: Path) -> ir.Model:
         _check_external(tensor, folder, path)
         tensor.base_dir = str(folder)
     _drop_weight_inputs(model.graph)
+    _forget_negative_sizes(model)
     model.ir_version = max(model.ir_version or 0, 4)  # before 4 every initializer had to be an input
     return model
 
@@ -53,23 +53,19 @@ def _check_initializer_names(graph: onnx.GraphProto, path: Path) -> None:
         seen.add(name)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps remarks of onnx_ir on malformed graphs off the terminal: the checks that follow say the same as errors."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _drop_weight_inputs(graph: ir.Graph) -> None:
     """Old files list every initializer as an input too, which nobody feeds: it would count as an input that may change."""
     fed = [value for value in graph.inputs if not value.is_initializer()]
     if len(fed) != len(graph.inputs):
         graph.inputs[:] = fed
+
+
+def _forget_negative_sizes(model: ir.Model) -> None:
+    """A declared size of -1 is how some tools write "unknown"; onnx's shape inference ends the process on it."""
+    for graph in [*model.graphs(), *(function.graph for function in model.functions.values())]:
+        for value in (*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)):
+            if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
+                value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -19,7 +19,7 @@ from edgekit.evaluate import Evaluator, Outcome
 from edgekit.graph.check import check_model
 from edgekit.graph.cost import cost
 from edgekit.graph.files import spill_weights
-from edgekit.graph.opset import to_opset
+from edgekit.graph.opset import OPSET, to_opset
 from edgekit.graph.precision import graph_precision
 from edgekit.graph.shapes import infer_shapes, pin_inputs, static_shape
 from edgekit.inputs import InputSpec
@@ -27,7 +27,7 @@ from edgekit.isolation import Worker
 from edgekit.progress import Reporter
 from edgekit.recipe import IN_MEMORY, Recipe
 from edgekit.source import Source, from_module, open_source
-from edgekit.trace import EXPORTERS, OPSET, Traced, run_module, trace
+from edgekit.trace import EXPORTERS, Traced, run_module, trace
 from edgekit.verify import assert_close, outputs_vary
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Opener:
         for exporter in EXPORTERS:
             try:
                 return self._traced(source, exporter, failures)
-            except (TraceError, UnsupportedOpError) as error:
+            except (TraceError, UnsupportedOpError, LoweringError) as error:
                 failures.append(error)
         first, second = failures
         raise TraceError(f"the model cannot be traced: {first.what}", where=f"{first.where}; then {second.what}", fix=first.fix) from first

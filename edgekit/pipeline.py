@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,6 +58,23 @@ class PassResult:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass
+class WatchedContext(Context):
+    """A context that knows which of the places to leave alone came up.
+
+    Attributes:
+        met: Those that did.
+    """
+
+    met: set[str] = field(default_factory=set)
+
+    def skips(self, where: str) -> bool:
+        """As `Context.skips`."""
+        if where in self.skip:
+            self.met.add(where)
+        return super().skips(where)
+
+
 @dataclass(frozen=True)
 class Budget:
     """The most that approximate passes may cost together.
@@ -105,6 +121,7 @@ def run_passes(
     reporter: Reporter,
     budget: Budget | None = None,
     table: ParityTable | None = None,
+    skip: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[ir.Model, Outcome, list[PassResult]]:
     """Applies `passes` in order.
 
@@ -117,6 +134,7 @@ def run_passes(
         reporter: Told of each pass.
         budget: The accuracy budget, if there is one.
         table: Gets a row a pass that is kept.
+        skip: Per name of a pass, the places that it leaves alone; one that does not come up is warned of.
 
     Returns:
         The rewritten graph, its outcome, and what each pass did.
@@ -128,14 +146,16 @@ def run_passes(
     table = ParityTable(evaluator.adversarial) if table is None else table
     before, wholes = base, whole_nodes(model)
     results = []
+    given = context
     for item in passes:
         spec = specs.format_spec(item.name, item)
         with reporter.stage(f"pass {spec}"):
             kept = model.clone() if budget is not None and item.effect is Effect.APPROXIMATE else None
-            context = dataclasses.replace(context, refusals=[])
+            left = given.skip | frozenset((skip or {}).get(item.name, ()))
+            context = WatchedContext(given.calibration, given.target, given.generator, left)
             state = fingerprint(model)
             start = time.perf_counter()
-            rewrites = _apply(item, spec, model, context)
+            rewrites = apply_pass(item, spec, model, context)
             seconds = time.perf_counter() - start
             parity, undone, after, found = None, None, before, wholes
             warnings: tuple[str, ...] = ()
@@ -166,6 +186,9 @@ def run_passes(
             metric = difference(base.test, after.test) if base.test is not None and after.test is not None else None
             counts = census(wholes), census(found)
             refusals = tuple(context.refusals)
+            warnings += tuple(
+                f"pass '{spec}' met no place '{place}', which it was to leave alone" for place in sorted(context.skip - context.met)
+            )
             results.append(
                 PassResult(spec, item.effect, rewrites, seconds, parity, cost(model), metric, *counts, refusals, undone, warnings)
             )
@@ -173,12 +196,17 @@ def run_passes(
     return model, before, results
 
 
-def _apply(item: Pass, spec: str, model: ir.Model, context: Context) -> int:
+def apply_pass(item: Pass, spec: str, model: ir.Model, context: Context) -> int:
+    """Applies a pass; whatever else it raises becomes an error that names it.
+
+    Raises:
+        PassError: It raised something that is no error of edgekit.
+    """
     try:
         return item.apply(model, context)
     except EdgekitError:
         raise
-    except Exception as error:  # a pass may be anybody's code
+    except (Exception, SystemExit) as error:  # a pass may be anybody's code
         raise PassError(
             f"pass '{spec}' failed: {type(error).__name__}: {error}",
             where=f"{type(item).__module__}.{type(item).__qualname__}",

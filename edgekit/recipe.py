@@ -6,8 +6,8 @@ import dataclasses
 import math
 import os
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import tomli_w
 
 from edgekit import contracts, specs
 from edgekit.contracts import Pass, Target
-from edgekit.errors import RecipeError
+from edgekit.errors import RecipeError, nearest
 
 IN_MEMORY = "(in memory) "
 """Prefix of `Recipe.model` for a module that was handed over in Python: such a recipe names it but cannot open it."""
@@ -43,6 +43,7 @@ class Recipe:
         max_drop: The most that approximate passes may cost, in percentage points of the metric.
         seed: Seed of every random choice.
         threads: Threads that the target runs on; 0: all that this process may use.
+        skip: Per name of a pass, the places (node names) that it leaves alone, as `edgekit bisect` proposes them.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Recipe:
     max_drop: float | None = None
     seed: int = 0
     threads: int = 0
+    skip: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.calibration < 1:
@@ -68,6 +70,17 @@ class Recipe:
             raise RecipeError(f"max_drop = {self.max_drop:g} is not a number from 0", fix="give percentage points, such as 0.5")
         if not 0 <= self.seed < _SEEDS:
             raise RecipeError(f"seed = {self.seed} is not a whole number from 0 to 2^63 - 1", fix="give one of those")
+
+    def require_skipped(self, passes: Sequence[Pass]) -> None:
+        """Checks that `skip` names passes that run.
+
+        Raises:
+            RecipeError: It names another.
+        """
+        names = [item.name for item in passes]
+        for name in self.skip:
+            if name not in names:
+                raise RecipeError(f"places of pass '{name}' are to be skipped, which does not run", fix=nearest(name, names))
 
     def make_target(self) -> Target:
         """Makes the target.
@@ -116,10 +129,36 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"the recipe is not valid TOML: {error}", where=str(path), fix="correct the file at that line") from error
     table.pop("versions", None)
     try:
-        recipe = specs.make(Recipe, table, "the recipe")
+        skip = _read_skip(table.pop("skip", {}))
+        recipe = dataclasses.replace(specs.make(Recipe, table, "the recipe"), skip=skip)
     except RecipeError as error:
         raise RecipeError(error.what, where=str(path), fix=error.fix) from error
     return _with_absolute_paths(recipe, path.parent)
+
+
+def parse_skips(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Reads `PASS:PLACE` as the command line takes it; everything after the first colon is the place.
+
+    Raises:
+        RecipeError: One of them is not of that form.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        name, colon, place = text.partition(":")
+        if not name or not colon or not place:
+            raise RecipeError(f"'{text}' does not name a place of a pass", fix="write PASS:PLACE, such as fold-batch-norm:features.0/Conv")
+        found[name] = (*found.get(name, ()), place)
+    return found
+
+
+def _read_skip(table: Any) -> dict[str, tuple[str, ...]]:
+    fix = 'write [skip] and below it a line a pass: fold-batch-norm = ["PLACE"]'
+    if not isinstance(table, dict):
+        raise RecipeError("'skip' of the recipe is not a table", fix=fix)
+    for name, places in table.items():
+        if not isinstance(places, list) or not all(isinstance(place, str) for place in places):
+            raise RecipeError(f"'{name}' under [skip] is not a list of places", fix=fix)
+    return {name: tuple(places) for name, places in table.items()}
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -145,4 +184,7 @@ def dump_recipe(recipe: Recipe, versions: dict[str, str]) -> str:
     for key in ("passes", "inputs"):
         if key in table:
             table[key] = list(table[key])
+    skip = {name: list(places) for name, places in table.pop("skip").items() if places}
+    if skip:
+        table["skip"] = skip
     return tomli_w.dumps({**table, "versions": versions})

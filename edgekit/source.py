@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from edgekit import contracts
 from edgekit.contracts import ZooModel
 from edgekit.errors import EdgekitError, MissingToolError, SourceError, UsageError, nearest
 from edgekit.inputs import InputSpec
+from edgekit.quiet import muted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -195,19 +195,15 @@ def _from_exported(path: Path, inputs: Sequence[InputSpec]) -> Source:
         raise SourceError("there is no such file", where=str(path), fix="check the path")
     if inputs:
         raise UsageError("a .pt2 file fixes its input shapes", where=str(path), fix="leave --input out, or export it with other shapes")
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it prints a traceback of what is raised here
     try:
-        program = torch.export.load(path)
+        with muted("torch.export"):  # it prints a traceback of what is raised here
+            program = torch.export.load(path)
     except Exception as error:  # zip, schema and unpickling errors of many kinds
         raise SourceError(
             f"the file is not a torch.export program: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}",
             where=str(path),
             fix=f"write it by torch.export.save with torch {torch.__version__.split('+')[0]}",
         ) from error
-    finally:
-        logger.setLevel(level)
     if program.example_inputs is None or program.example_inputs[1]:
         raise SourceError(
             "the program carries no positional example inputs", where=str(path), fix="export it with positional example inputs"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,15 +21,14 @@ import onnx_ir as ir
 
 from edgekit.contracts import Arrays
 from edgekit.errors import TraceError
+from edgekit.graph.cost import MODULE_KEY
+from edgekit.graph.opset import OPSET
 from edgekit.graph.parameters import names_by_parameter, tag_parameters
+from edgekit.quiet import muted
 from edgekit.source import Source
 
 if TYPE_CHECKING:
     import torch
-
-OPSET = 23
-MODULE_KEY = "edgekit.module"
-"""Metadata key under which a node keeps the path of the module it came from, such as `blocks.3.attn.qkv`."""
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _TORCHSCRIPT_OPSET = 17
@@ -203,7 +201,7 @@ def _exporter_default(model: ir.Model) -> ir.Model:
 def _name_by_module(model: ir.Model) -> None:
     """Names nodes `blocks.3.attn.qkv/MatMul` and their outputs alike, and keeps the module path as metadata."""
     graph = model.graph
-    kept = {value.name for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]}
+    kept = set(graph.outputs)  # values and not names: the exporter may call a node's output as a buffer is called
     used: dict[str, int] = {}
     for node in ir.traversal.RecursiveGraphIterator(graph):
         path = _module_path(node)
@@ -216,7 +214,7 @@ def _name_by_module(model: ir.Model) -> None:
         node.name = f"{base}.{count}" if count else base
         for position, output in enumerate(node.outputs):
             output.metadata_props.clear()
-            if output.name and output.name not in kept:
+            if output.name and output not in kept:
                 output.name = node.name if len(node.outputs) == 1 else f"{node.name}:{position}"
 
 
@@ -256,15 +254,9 @@ def _name_outputs(model: ir.Model) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the exporters' warnings and log lines off the user's terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with muted("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _reason(error: BaseException) -> str:

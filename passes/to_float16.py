@@ -13,8 +13,10 @@ import onnx
 import onnx_ir as ir
 
 from edgekit.contracts import Context, Effect, Pass
+from edgekit.errors import UnsupportedOpError, UsageError, nearest
 from edgekit.graph.constants import GraphEditor
 from edgekit.graph.cost import MODULE_KEY
+from edgekit.graph.ranges import risks, value_ranges
 from edgekit.graph.shapes import infer_shapes
 
 _Use = tuple[ir.Node, int]
@@ -27,6 +29,8 @@ _STAY_FLOAT32 = frozenset(
     | {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "EyeLike"}
 )
 """Operators that stay in float32 although ONNX would let them be float16; runtimes lack kernels for the second group."""
+
+_ON_OVERFLOW = ("keep", "refuse", "ignore")
 
 _READ_ANY_TYPE = frozenset({"Cast", "Shape", "Size"})
 """Operators that read float32 or float16 as it comes: a Cast before them would only lose digits."""
@@ -44,10 +48,16 @@ class ToFloat16(Pass):
     do not admit float16 (the scales of Resize, Range), quantization and random operators, nodes with subgraphs, and calls of functions. So
     does a node that reads a constant beyond float16's range, or a single number that would become zero (the ε of a division).
 
+    With calibration data, the range of every value is measured first, the steps inside whole operators included, and those that would
+    overflow, or vanish where it matters (`edgekit.graph.ranges.risks`), are named. `stabilize-float16` before this pass removes many.
+
     Attributes:
         keep_io: Leave inputs and outputs of the graph in float32, with a Cast after and before. Otherwise inputs are float16, and
             an output has the type that its node computes in.
-        keep_float32: Operator types or names of nodes that stay in float32; shell patterns such as `Softmax` or `blocks.11.*`.
+        keep: What stays in float32: operator types, names of nodes, paths of modules with everything below them, or shell patterns of
+            the first two, such as `Softmax`, `blocks.3.norm1/Pow`, `blocks.3.norm1` or `blocks.1?.*`.
+        overflow: `keep`: a node that makes or reads such a value stays in float32. `refuse`: nothing is converted while there is one.
+            `ignore`: ranges are not measured.
 
     Source: IEEE 754-2019, binary16; Micikevicius et al. 2018, "Mixed Precision Training", section 3 (what must stay in float32).
     """
@@ -57,13 +67,20 @@ class ToFloat16(Pass):
     default_order: ClassVar[int | None] = None
 
     keep_io: bool = True
-    keep_float32: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    overflow: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.overflow not in _ON_OVERFLOW:
+            raise UsageError(f"to-float16 knows no overflow='{self.overflow}'", fix=nearest(self.overflow, _ON_OVERFLOW))
 
     def apply(self, model: ir.Model, context: Context) -> int:
         """Converts the main graph; returns how many initializers and constants of nodes became float16."""
         if any(_unknown(value) for node in model.graph for value in node.outputs):
             infer_shapes(model)
         half = self._choose_nodes(model, context)
+        if half and context.calibration and self.overflow != "ignore" and not self._stay_in_range(half, model, context):
+            return 0
         halves = _halve_weights(half, context)
         constants = [node for node in half if _constant_attribute(node) is not None]
         if not halves and not constants:
@@ -77,20 +94,53 @@ class ToFloat16(Pass):
     def _choose_nodes(self, model: ir.Model, context: Context) -> dict[ir.Node, Signature]:
         """Returns the nodes that will compute in float16 and what of them changes."""
         half: dict[ir.Node, Signature] = {}
-        for pattern in self.keep_float32:
-            if not any(_matches(node, pattern) for node in model.graph):
-                context.refuse("keep_float32", f"no operator type and no node is called '{pattern}'")
+        for name in self.keep:
+            if not any(_is_meant(node, name) for node in model.graph):
+                context.refuse("keep", f"no operator type, no node and no module is called '{name}'")
         for node in model.graph:
             signature = _signature_of(node, model)
             if isinstance(signature, str):
                 context.refuse(node.name or node.op_type, signature)
-            elif signature is not None and not context.skips(node.name or "") and not any(_matches(node, p) for p in self.keep_float32):
+            elif signature is not None and not context.skips(node.name or "") and not self._keeps(node):
                 half[node] = signature
         return half
 
+    def _stay_in_range(self, half: dict[ir.Node, Signature], model: ir.Model, context: Context) -> bool:
+        """Names what float16 does not hold and takes its nodes out of `half`; False when nothing is to be converted."""
+        try:
+            found = risks(value_ranges(model, context.calibration))
+        except UnsupportedOpError as error:
+            context.refuse("graph", f"whether values overflow is not known: {error.what}")
+            return True
+        values = {value.name: value for node in model.graph for value in node.outputs} | {value.name: value for value in model.graph.inputs}
+        nodes = {node.name: node for node in half}
+        refused, named = False, set[str]()
+        for risk in found:
+            item, value = risk.range, values.get(risk.range.name)  # initializers are not among them: they are looked at when converted
+            inside = [nodes.get(item.node)] if item.internal is not None or not item.constant else []
+            around = [value.producer(), *(use.node for use in value.uses())] if value is not None else inside
+            touched = [node for node in around if node is not None and node in half]
+            where, refused = item.node or item.name, refused or bool(touched)
+            stays = self.overflow == "keep" and (risk.kind == "overflow" or item.internal is None)
+            if touched and where not in named:
+                named.add(where)
+                what = f"{item.operator or 'input'} {'stays in float32' if stays else 'is at risk'}"
+                context.refuse(where, f"{what}: in '{item.name}' {risk.why}")
+            if stays:
+                for node in touched:
+                    half.pop(node, None)
+        return not (refused and self.overflow == "refuse")
 
-def _matches(node: ir.Node, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(text, pattern) for text in (node.op_type, node.name or ""))
+    def _keeps(self, node: ir.Node) -> bool:
+        """True when an option says that `node` stays in float32."""
+        return any(_is_meant(node, name) for name in self.keep)
+
+
+def _is_meant(node: ir.Node, name: str) -> bool:
+    """True when `name` is the operator, the name or a pattern of `node`, or the path of a module that it is in."""
+    if f"{node.metadata_props.get(MODULE_KEY, '')}.".startswith(f"{name}."):
+        return True
+    return any(text == name or fnmatch.fnmatchcase(text, name) for text in (node.op_type, node.name or ""))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import edgekit
+from tests.conftest import command, edgekit
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "numpy", "sklearn", "PIL", "psutil", "cloudpickle")
 
@@ -72,8 +72,8 @@ def test_one_broken_package_hides_no_other(tmp_path: Path, tiny: Path) -> None:
     )
     (tmp_path / "broken-1.0.dist-info" / "entry_points.txt").write_text(groups)
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    for command, kind, other in (("passes", "pass", "to-float16"), ("targets", "target", "openvino"), ("models", "model", "vit_digits")):
-        done = edgekit(command, "--json", env=env)
+    for listed, kind, other in (("passes", "pass", "to-float16"), ("targets", "target", "openvino"), ("models", "model", "vit_digits")):
+        done = edgekit(listed, "--json", env=env)
         assert done.returncode == 0, done.stderr
         names = {item["name"] for item in json.loads(done.stdout)}
         assert other in names
@@ -134,6 +134,13 @@ def test_verbose_errors_come_with_their_traceback(arguments: list[str], told: bo
     assert done.returncode in (2, 3)
     assert ("Traceback" in done.stderr) == told
     assert "error: " in done.stderr
+
+
+def test_json_needs_a_standard_output() -> None:
+    call = command("passes", "--json")
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *call], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "standard output, which is closed" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["passes", "targets", "models", "doctor"])

@@ -32,6 +32,13 @@ def test_noise_is_seeded_and_of_the_declared_types() -> None:
     assert any("noise" in note for note in first.notes)
 
 
+def test_calibration_inputs_must_fit_into_memory() -> None:
+    declared = {"x": Declared((1, 3, 224, 224), np.dtype("float32"))}
+    with pytest.raises(DataError, match="calibration inputs take") as raised:
+        load_data(None, declared, calibration=100_000, seed=0)
+    assert raised.value.fix == f"--calibration {2**33 // (3 * 224 * 224 * 4)} or fewer"
+
+
 def test_npz_is_cut_into_batches(tmp_path: Path) -> None:
     samples = np.arange(21, dtype=np.float64).reshape(7, 3)
     np.savez(tmp_path / "d.npz", x=samples, labels=np.arange(7) % 2)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 
 from edgekit.data import Data
-from edgekit.evaluate import Evaluator
+from edgekit.errors import LoweringError
+from edgekit.evaluate import Evaluator, in_worker
 from edgekit.isolation import Worker
 
 MODEL = '<ir_version: 10, opset_import: ["" : 23]> net (float[2, 3] x) => (float[2, 3] y) { y = Identity(x) }'
@@ -42,3 +45,15 @@ def test_a_batch_of_several_parts_is_run_once(worker: Worker, tmp_path: Path) ->
         np.testing.assert_array_equal(outcome.selection, np.concatenate([right[one] for one in chosen]))
         if test:
             np.testing.assert_array_equal(outcome.test, np.concatenate([right[one] for one in tested]))
+
+
+def refuse() -> None:
+    raise RuntimeError("the first line\nthe second line")
+
+
+def test_what_a_worker_raised_stays_readable_in_full(worker: Worker) -> None:
+    with pytest.raises(LoweringError, match="RuntimeError: the first line") as raised:
+        in_worker(worker, "some stage", refuse)
+    told = "".join(traceback.format_exception(raised.value))
+    assert "the second line" in told
+    assert "in refuse" in told

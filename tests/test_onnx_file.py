@@ -27,6 +27,16 @@ def _model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
 
 
+def test_negative_sizes_are_unknown_ones(tmp_path: Path) -> None:
+    model = _model()
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = -1
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = -5
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    graph = read_onnx(path).graph
+    assert [value.shape for value in (graph.inputs[0], graph.outputs[0])] == [[1, None], [None, 4]]
+
+
 def _external(folder: Path, location: str, length: int | None = None, offset: int | None = None) -> Path:
     model = _model()
     tensor = model.graph.initializer[0]

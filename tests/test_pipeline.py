@@ -12,8 +12,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from edgekit.adversarial import adversarial_batches
 from edgekit.contracts import Context, Effect, Pass
-from edgekit.data import Data
+from edgekit.data import Data, Declared
 from edgekit.errors import EdgekitError, ParityError, PassError
 from edgekit.evaluate import Evaluator, Outcome
 from edgekit.isolation import Worker
@@ -67,6 +68,21 @@ def run(worker: Worker, tmp_path: Path):
         evaluator = Evaluator(worker, data, tmp_path, 1)
         base = evaluator.run(model, "base")
         return run_passes(model, passes, Context(data.calibration), evaluator, base, Reporter(), None if budget is None else Budget(budget))
+
+    return run
+
+
+@pytest.fixture
+def adversarial(worker: Worker, tmp_path: Path):
+    """Runs passes on adversarial inputs too."""
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.normal(50, 1, (2, 3)).astype(np.float32)} for _ in range(4)]
+
+    def run(*passes: Pass):
+        model = ir.from_proto(onnx.parser.parse_model(MODEL))
+        data = Data("test", batches, adversarial=adversarial_batches({"x": Declared((2, 3), np.dtype(np.float32))}, 0))
+        evaluator = Evaluator(worker, data, tmp_path, 1)
+        return run_passes(model, passes, Context(data.calibration), evaluator, evaluator.run(model, "base"), Reporter())
 
     return run
 
@@ -125,11 +141,12 @@ def test_the_budget_undoes_what_costs_too_much(run) -> None:
     assert outcome.test.all()
 
 
-def test_a_pass_that_raises_is_named(run) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), SystemExit(0)])
+def test_a_pass_that_raises_is_named(run, error: BaseException) -> None:
     def broken(model: ir.Model, context: Context) -> int:
-        raise ZeroDivisionError("division by zero")
+        raise error
 
-    with pytest.raises(PassError, match="'test-pass' failed: ZeroDivisionError"):
+    with pytest.raises(PassError, match=f"'test-pass' failed: {type(error).__name__}"):
         run(make(Effect.EXACT, broken))
 
 
@@ -140,3 +157,90 @@ def test_a_pass_that_leaves_a_broken_graph_is_named(run) -> None:
 
     with pytest.raises(EdgekitError, match="test-pass"):
         run(make(Effect.EXACT, unsort))
+
+
+def test_an_exact_pass_that_is_wrong_on_zeros_alone_is_named(adversarial) -> None:
+    """y · (x / x) is y wherever x is not 0, as on all normal data."""
+
+    def divide(model: ir.Model, _: Context) -> int:
+        (relu,) = [node for node in model.graph if node.op_type == "Relu"]
+        z = relu.inputs[0]
+        ratio = ir.node("Div", [z, z])
+        product = ir.node("Mul", [z, ratio.outputs[0]])
+        model.graph.insert_before(relu, [ratio, product])
+        relu.replace_input_with(0, product.outputs[0])
+        return 1
+
+    fine = make(Effect.EXACT, lambda model, _: scale_weights(model, 1.0), "fine")
+    with pytest.raises(ParityError, match=r"pass 'x-over-x' made output 'y' NaN or infinite .* 'zeros'") as caught:
+        adversarial(fine, make(Effect.EXACT, divide, "x-over-x"))
+    assert caught.value.where == "adversarial input 'zeros'"
+    _, _, (result,) = adversarial(make(Effect.APPROXIMATE, divide, "x-over-x"))
+    assert any("NaN or infinite" in warning for warning in result.warnings)
+
+
+def test_what_an_exact_pass_does_beyond_rounding_on_adversarial_inputs_alone_is_a_warning(adversarial) -> None:
+    """A shift by 1e-3 is rounding where values are of the order of 1000, and everything where they are 0."""
+
+    def shift(model: ir.Model, _: Context) -> int:
+        (relu,) = [node for node in model.graph if node.op_type == "Relu"]
+        z = relu.inputs[0]
+        model.graph.register_initializer(ir.Value(name="shift", const_value=ir.tensor(np.float32(1e-3), name="shift")))
+        added = ir.node("Add", [z, model.graph.initializers["shift"]])
+        model.graph.insert_before(relu, [added])
+        relu.replace_input_with(0, added.outputs[0])
+        return 1
+
+    _, _, (result,) = adversarial(make(Effect.EXACT, shift, "shift"))
+    assert len(result.warnings) == 2
+    for kind, warning in zip(("zeros", "denormals"), result.warnings, strict=True):
+        assert f"adversarial input '{kind}'" in warning
+        assert "'shift'" in warning
+
+
+ATTENTION = """
+<ir_version: 10, opset_import: ["" : 23]>
+net (float[1, 2, 5, 4] q, float[1, 2, 5, 4] k, float[1, 2, 5, 4] v) => (float[1, 2, 5, 4] y)
+{ t = Transpose<perm = [0, 1, 2, 3]>(k)  y = Attention(q, t, v) }
+"""
+
+
+def break_attention(model: ir.Model, _: Context) -> int:
+    """Attention after a Transpose becomes MatMul, Softmax and MatMul over transposed keys: one Transpose is saved, the kernel lost."""
+    (attention,) = [node for node in model.graph if node.op_type == "Attention"]
+    q, k, v = attention.inputs
+    model.graph.register_initializer(ir.Value(name="root", const_value=ir.tensor(np.float32(0.5), name="root")))
+    keys = ir.node("Transpose", [k], {"perm": [0, 1, 3, 2]})
+    scores = ir.node("MatMul", [q, keys.outputs[0]])
+    scaled = ir.node("Mul", [scores.outputs[0], model.graph.initializers["root"]])
+    weights = ir.node("Softmax", [scaled.outputs[0]], {"axis": -1})
+    product = ir.node("MatMul", [weights.outputs[0], v], outputs=[ir.Value(name="broken", type=attention.outputs[0].type)])
+    model.graph.insert_before(attention, [keys, scores, scaled, weights, product])
+    ir.convenience.replace_all_uses_with(attention.outputs[0], product.outputs[0], replace_graph_outputs=True)
+    attention.outputs[0].name, product.outputs[0].name = "old", "y"
+    model.graph.remove(attention, safe=True)
+    return 1
+
+
+def run_on_attention(worker: Worker, folder: Path, *passes: Pass):
+    model = ir.from_proto(onnx.parser.parse_model(ATTENTION))
+    for node in model.graph:
+        node.name = f"blocks.0.attn/{node.op_type}"
+    rng = np.random.default_rng(0)
+    data = Data("test", [{name: rng.normal(0, 1, (1, 2, 5, 4)).astype(np.float32) for name in "qkv"}])
+    evaluator = Evaluator(worker, data, folder, 1)
+    return run_passes(model, passes, Context(data.calibration), evaluator, evaluator.run(model, "base"), Reporter())
+
+
+def test_an_exact_pass_that_breaks_an_attention_is_named_though_the_numbers_hold(worker: Worker, tmp_path: Path) -> None:
+    with pytest.raises(PassError, match="'breaks' broke whole operators into parts: Attention 1 → 0") as caught:
+        run_on_attention(worker, tmp_path, make(Effect.EXACT, break_attention, "breaks"))
+    assert caught.value.where == "Attention 'blocks.0.attn/Attention'"
+    assert "`removes`" in (caught.value.fix or "")
+    declared = make(Effect.EXACT, break_attention, "declares")
+    type(declared).removes = frozenset({"Attention"})
+    for item in (declared, make(Effect.APPROXIMATE, break_attention, "approximates")):
+        _, _, (result,) = run_on_attention(worker, tmp_path, item)
+        assert result.parity is not None
+        assert result.parity.max_rel_error < 1e-6
+        assert (result.census_before, result.census_after) == ({"Attention": 1}, {"Softmax": 1})

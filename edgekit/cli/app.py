@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgekit.cli.session import Session
+from edgekit.cli.working import reporting, working
 from edgekit.errors import EdgekitError, UsageError
 
 if TYPE_CHECKING:
     from edgekit.cli.listing import Listing
-    from edgekit.progress import Reporter
     from edgekit.recipe import Recipe
 
 EXIT_CODES = """
@@ -50,9 +48,16 @@ def _tell_more(context: typer.Context, wanted: bool) -> bool:
 Json = Annotated[bool, typer.Option("--json", callback=_reserve_output, help="Print JSON on standard output, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", callback=_tell_more, help="Print what was left alone and why; with errors, the traceback.")
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        callback=_tell_more,
+        help="Print parity and operators at each stage, and what was left alone and why; with errors, the traceback.",
+    ),
 ]
 Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Shape of an input: x:1,3,224,224 or x[1,3,224,224]:float32.")]
+Skip = Annotated[list[str] | None, typer.Option(help="A place that a pass leaves alone, PASS:PLACE; repeat for more.")]
 Weights = Annotated[str | None, typer.Option(help="A .safetensors file or state dict to load into the module.")]
 
 
@@ -91,6 +96,7 @@ def compile_command(
     max_drop: Annotated[float | None, typer.Option(help="Most that approximate passes may cost, in percentage points.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice. Default: 0.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that the target runs on. Default: all.")] = None,
+    skip: Skip = None,
     seconds: Annotated[float, typer.Option(help="Seconds to measure latency for; 0: do not.", min=0.0)] = 10.0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -111,10 +117,11 @@ def compile_command(
         "max_drop": max_drop,
         "seed": seed,
         "threads": threads,
+        "skip": _skips(skip),
     }
     full = _recipe(recipe, {key: value for key, value in given.items() if value is not None})
     folder = out or Path(f"{_short_name(full.model)}-{full.target.partition('{')[0]}.edgekit")
-    with _reporter(quiet or as_json) as reporter:
+    with reporting(quiet or as_json) as reporter:
         artifact = run_job(Job(full, timing=Timing(budget_s=seconds)), folder, force=force, reporter=reporter)
     if as_json:
         _print_json(context, artifact.report)
@@ -126,23 +133,91 @@ def compile_command(
         screen.print(f"written to {artifact.path}", highlight=False, markup=False)
 
 
-def _recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
+def _recipe(path: Path | None, given: dict[str, Any], command: str = "edgekit compile") -> Recipe:
     import dataclasses
 
     from edgekit.recipe import Recipe, load_recipe
 
     if path is not None:
         return dataclasses.replace(load_recipe(path), **given)
-    for needed, example in (("model", "edgekit compile mobileone_digits --target openvino"), ("target", "--target openvino")):
+    for needed, example in (("model", f"{command} mobileone_digits --target openvino"), ("target", "--target openvino")):
         if needed not in given:
             raise UsageError(f"the {needed} is missing", fix=f"{example}; or --recipe FILE")
     return Recipe(**given)
+
+
+def _skips(texts: list[str] | None) -> dict[str, tuple[str, ...]] | None:
+    from edgekit.recipe import parse_skips
+
+    return parse_skips(texts) if texts else None
 
 
 def _short_name(model: str) -> str:
     path = Path(model)
     name = path.stem if path.suffix in (".onnx", ".pt2") else model.rpartition(":")[2]
     return "".join(character if character.isalnum() or character in "._-" else "_" for character in name) or "model"
+
+
+@app.command("bisect")
+def bisect_command(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="What compile takes; with OTHER the trusted file A.onnx.")] = None,
+    other: Annotated[Path | None, typer.Argument(help="B.onnx, which should compute the same as A.onnx.")] = None,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="As of compile. Default: the stages before lowering.")] = None,
+    passes: Annotated[list[str] | None, typer.Option("--pass", "-p", help="As of compile.")] = None,
+    no_passes: Annotated[bool, typer.Option("--no-passes", help="Run no pass at all.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe.toml; options given beside it win.")] = None,
+    data: Annotated[str | None, typer.Option(help="As of compile.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16, as the target offers. Default: fp32.")] = None,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    calibration: Annotated[int | None, typer.Option(help="Number of calibration inputs. Default: 8.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice. Default: 0.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads to run on. Default: all.")] = None,
+    skip: Skip = None,
+    min_sqnr: Annotated[float | None, typer.Option(help="Least SQNR in dB that is still good. Default: rounding alone.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write a reproducing .onnx with its inputs to.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier reproducer at --out.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Find the pass, rewrite, node and tensor that make numbers differ. Exit code 5: a culprit was found."""
+    from edgekit.bisection.run import bisect_files, bisect_job
+    from edgekit.compiler import Job
+
+    given = {
+        "model": model,
+        "target": target,
+        "passes": () if no_passes else tuple(passes) if passes else None,
+        "data": data,
+        "precision": precision,
+        "inputs": tuple(inputs) if inputs else None,
+        "weights": weights,
+        "calibration": calibration,
+        "seed": seed,
+        "threads": threads,
+        "skip": _skips(skip),
+    }
+    if recipe is None:
+        given["target"] = target or ""
+    if other is not None and (target or passes or no_passes or recipe or skip):
+        raise UsageError("two files are compared as they are: no pass runs and nothing is lowered", fix="edgekit bisect A.onnx B.onnx")
+    job = Job(_recipe(recipe, {key: value for key, value in given.items() if value is not None}, "edgekit bisect"))
+    with reporting(quiet or as_json) as reporter:
+        if other is None:
+            finding = bisect_job(job, min_sqnr, out, force=force, reporter=reporter)
+        else:
+            finding = bisect_files(job, other, min_sqnr, out, force=force, reporter=reporter)
+    if as_json:
+        _print_json(context, finding.to_dict())
+    elif not quiet:
+        from edgekit.cli.bisect import finding_tree
+        from edgekit.cli.show import console
+
+        console().print(finding_tree(finding))
+    if not finding.agree:
+        raise typer.Exit(5)
 
 
 @app.command()
@@ -156,16 +231,22 @@ def verify(
     """Repeat the parity check of an artifact."""
     from edgekit.artifact import open_artifact
 
-    parity = open_artifact(artifact).verify().to_dict()
+    opened = open_artifact(artifact)
+    with working(quiet or as_json, "run artifact"):
+        parity = opened.verify().to_dict()
     if as_json:
         _print_json(context, parity)
     elif not quiet:
+        from edgekit.cli.parity import parity_tables
         from edgekit.cli.show import console, rows_table
 
         rows = [
             [key, "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)] for key, value in parity.items()
         ]
-        console().print(rows_table(f"{artifact}: artifact against the original", ["measure", "value"], rows, (1,)))
+        screen = console()
+        screen.print(rows_table(f"{artifact}: artifact against the original, repeated", ["measure", "value"], rows, (1,)))
+        screen.print("stored by the compile:", highlight=False)
+        screen.print(parity_tables(opened.report))
 
 
 @app.command()
@@ -181,7 +262,7 @@ def profile(
     """Time an artifact beside its uncompressed baseline, the two in turn."""
     from edgekit.artifact import open_artifact
 
-    with _reporter(quiet or as_json) as reporter:
+    with reporting(quiet or as_json) as reporter:
         reporter.expect(1)
         with reporter.stage("latency", seconds):
             latency = open_artifact(artifact).profile(budget_s=seconds, max_runs=runs)
@@ -196,24 +277,68 @@ def profile(
 @app.command()
 def inspect(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Zoo name, timm:NAME, FILE.onnx, FILE.pt2, or package.module:factory.")],
+    model: Annotated[
+        str, typer.Argument(help="Zoo name, timm:NAME, FILE.onnx, FILE.pt2, package.module:factory, or an artifact's folder.")
+    ],
     inputs: Inputs = None,
     weights: Weights = None,
     top: Annotated[int, typer.Option(help="How many of the largest layers to show.", min=1)] = 10,
+    stage: Annotated[
+        str | None, typer.Option(help="Show the whole graph at this stage: canonical, the name of a pass, or lowered.")
+    ] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option("--pass", "-p", help="With --stage: a pass, name{option=value}; as of compile.")
+    ] = None,
+    no_passes: Annotated[bool, typer.Option("--no-passes", help="With --stage: run no pass at all.")] = False,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="With --stage: where to, for lowered.")] = None,
+    data: Annotated[str | None, typer.Option(help="With --stage: the data that passes calibrate on, as of compile.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="With --stage: write the graph to this .onnx file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file at --out.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show a model's operators, parameters, MACs, bytes and largest layers."""
-    from edgekit.cli.inspect import inspect_model, inspection_table
+    """Show a model's operators, parameters, MACs, bytes and largest layers; with --stage every node of its graph there."""
+    if stage is None:
+        if passes or no_passes or target or data or out:
+            raise UsageError(
+                "--pass, --no-passes, --target, --data and --out belong to a stage", fix="add --stage canonical, PASS or lowered"
+            )
+        from edgekit.cli.inspect import inspect_model, inspection_table
 
-    found = inspect_model(model, inputs or [], weights, top)
-    if as_json:
-        _print_json(context, found)
-    elif not quiet:
-        from edgekit.cli.show import console
+        with working(quiet or as_json, "inspect"):
+            found = inspect_model(model, inputs or [], weights, top)
+        _show(context, found, inspection_table, as_json, quiet)
+        return
+    from edgekit.cli.stage import inspect_stage, stage_table
+    from edgekit.recipe import Recipe
 
-        console().print(inspection_table(found))
+    chosen = () if no_passes else tuple(passes) if passes else None
+    recipe = Recipe(model, target or "", passes=chosen, data=data, inputs=tuple(inputs or ()), weights=weights)
+    with working(quiet or as_json, f"graph at {stage}"):
+        found = inspect_stage(recipe, stage, out, force)
+    _show(context, found, stage_table, as_json, quiet)
+
+
+@app.command()
+def diff(
+    context: typer.Context,
+    first: Annotated[str, typer.Argument(metavar="A", help="A model as of inspect, or an artifact's folder.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Likewise.")],
+    depth: Annotated[
+        int | None, typer.Option(help="Parts of a module's path that count: 2 makes one row of all in blocks.0.", min=1)
+    ] = None,
+    inputs: Inputs = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show which operators went and came from A to B, by module: networks in canonical form, .onnx files and artifacts as they are."""
+    from edgekit.cli.diff import diff_sources, diff_table
+
+    with working(quiet or as_json, "diff"):
+        found = diff_sources(first, second, inputs or [], depth)
+    _show(context, found, diff_table, as_json, quiet)
 
 
 @app.command("passes")
@@ -237,7 +362,9 @@ def models_command(context: typer.Context, as_json: Json = False, quiet: Quiet =
     """List the zoo with parameters, MACs and accuracy."""
     from edgekit.cli.listing import list_models, models_table
 
-    _show_list(context, list_models(), models_table, as_json, quiet)
+    with reporting(quiet or as_json) as reporter:
+        models = list_models(reporter)
+    _show_list(context, models, models_table, as_json, quiet)
 
 
 @app.command()
@@ -257,7 +384,7 @@ def _show_list(context: typer.Context, listing: Listing, table: Any, as_json: bo
     _show(context, listing.found, table, as_json, quiet)
 
 
-def _show(context: typer.Context, found: list[dict[str, Any]], table: Any, as_json: bool, quiet: bool) -> None:
+def _show(context: typer.Context, found: list[dict[str, Any]] | dict[str, Any], table: Any, as_json: bool, quiet: bool) -> None:
     if as_json:
         _print_json(context, found)
     elif not quiet:
@@ -268,34 +395,6 @@ def _show(context: typer.Context, found: list[dict[str, Any]], table: Any, as_js
 
 def _print_json(context: typer.Context, value: Any) -> None:
     context.ensure_object(Session).write_json(value)
-
-
-@contextlib.contextmanager
-def _reporter(quiet: bool) -> Iterator[Reporter]:
-    """Tells how far the work has come, and stops it between two stages after a signal."""
-    from edgekit.cli.interrupts import Interrupts
-
-    interrupts = Interrupts()
-    with interrupts.handled(), _display(quiet) as reporter:
-        reporter.check = interrupts.check
-        yield reporter
-
-
-@contextlib.contextmanager
-def _display(quiet: bool) -> Iterator[Reporter]:
-    if quiet:
-        from edgekit.progress import Reporter
-
-        yield Reporter()
-    elif sys.stderr.isatty():
-        from edgekit.cli.progress import BarReporter
-
-        with BarReporter() as bar:
-            yield bar
-    else:
-        from edgekit.cli.progress import PlainReporter
-
-        yield PlainReporter()
 
 
 def main() -> None:

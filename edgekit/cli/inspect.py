@@ -12,16 +12,9 @@ from rich.text import Text
 
 from edgekit.cli.show import count, rows_table, size
 from edgekit.data import declared_inputs
-from edgekit.errors import TraceError
-from edgekit.graph.canonicalize import canonicalize
-from edgekit.graph.check import check_model
 from edgekit.graph.cost import cost
-from edgekit.graph.opset import to_opset
-from edgekit.graph.shapes import infer_shapes, pin_inputs
 from edgekit.inputs import parse_inputs
-from edgekit.original import example_pins, pin
-from edgekit.source import Source, open_source
-from edgekit.trace import EXPORTERS, OPSET, trace
+from edgekit.stages import canonical_graph, open_graph
 
 
 def inspect_model(model: str, inputs: Sequence[str], weights: str | None, top: int) -> dict[str, Any]:
@@ -36,21 +29,10 @@ def inspect_model(model: str, inputs: Sequence[str], weights: str | None, top: i
     Raises:
         EdgekitError: The model cannot be read or traced.
     """
-    specifications = parse_inputs(inputs)
-    source = open_source(model, specifications, weights)
-    graph = source.model
-    if graph is None:
-        graph = _traced(source)
-        notes = check_model(graph, source.name)
-        pin_inputs(graph, example_pins(graph, source))
-    else:
-        notes = check_model(graph, source.name)
-        notes += pin(graph, specifications)
-    infer_shapes(graph)
-    graph = canonicalize(to_opset(graph, OPSET))
-    infer_shapes(graph)
+    opened = open_graph(model, parse_inputs(inputs), weights)
+    graph = canonical_graph(opened.graph)
     found = cost(graph)
-    parameters = source.parameters()
+    parameters = opened.source.parameters()
     largest = sorted(found.per_node, key=lambda node: (node.macs, node.parameters), reverse=True)[:top]
     return {
         "model": model,
@@ -71,18 +53,8 @@ def inspect_model(model: str, inputs: Sequence[str], weights: str | None, top: i
             }
             for node in largest
         ],
-        "notes": [*source.notes, *notes],
+        "notes": opened.notes,
     }
-
-
-def _traced(source: Source) -> ir.Model:
-    failures = []
-    for exporter in EXPORTERS:
-        try:
-            return trace(source, exporter).model
-        except TraceError as error:
-            failures.append(error)
-    raise failures[0]
 
 
 def _operator(node: ir.Node) -> str:

@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from typing import IO, Any
 
+from edgekit.errors import UsageError
+
 
 @dataclass
 class Session:
@@ -26,7 +28,10 @@ class Session:
 
         It stays so until the process ends: native libraries write what they hold, and functions of `atexit` print, at the very end.
         """
-        self.output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        try:
+            self.output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        except OSError as error:
+            raise UsageError("--json writes to standard output, which is closed", fix="redirect it to a file instead") from error
         elsewhere = os.open(os.devnull, os.O_WRONLY) if sys.stderr is None else 2
         os.dup2(elsewhere, 1)
 

@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from edgekit.cli.parity import census_table, parity_tables
+
 
 def count(number: float) -> str:
     """Prints a count with its unit prefix: `1.26 G`, `330.2 k`."""
@@ -33,7 +35,7 @@ def report_table(report: dict[str, Any], verbose: bool = False) -> RenderableTyp
         parts.append(latency_table(report["latency"]))
     parts += [Text(f"note: {note}", style="yellow") for note in report["notes"]]
     if verbose:
-        parts += [_refusals(report)]
+        parts += [parity_tables(report), census_table(report), _refusals(report)]
     return Group(*parts)
 
 

@@ -8,7 +8,6 @@ of passes, where it is checked and counted.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +22,8 @@ from edgekit.graph.fusions.attention import fuse_attention
 from edgekit.graph.fusions.layout import merge_layout
 from edgekit.graph.fusions.linear import unify_linear
 from edgekit.graph.fusions.normalization import fuse_normalizations
+from edgekit.graph.fusions.sequences import split_sequences
+from edgekit.graph.names import unique_names
 from edgekit.graph.shapes import infer_shapes, static_shape
 
 OWN_DOMAIN = "edgekit"
@@ -274,53 +275,6 @@ def sort_nodes(model: ir.Model) -> None:
         raise SourceError("the graph has a cycle", where=f"graph '{model.graph.name}'", fix="export the model again") from error
 
 
-def unique_names(model: ir.Model) -> None:
-    """Gives every node and value of the main graph and its subgraphs a name of its own; inputs and outputs of the graph keep theirs."""
-    named = {*model.graph.inputs, *model.graph.outputs}
-    existing = {output.name for node in model.graph.all_nodes() for output in node.outputs if output.name}
-    existing |= {name for graph in model.graphs() for name in graph.initializers}
-    values = _Names(existing, {value.name for value in named if value.name})
-    nodes = _Names({node.name for node in model.graph.all_nodes() if node.name}, set())
-    _name_graph(model.graph, named, values, nodes)
-
-
-class _Names:
-    """Hands out names. A name that somebody bears already goes to the first who claims it, never to another."""
-
-    def __init__(self, existing: set[str], claimed: set[str]) -> None:
-        self._existing = existing
-        self._claimed = claimed
-        self._count: dict[str, int] = defaultdict(int)
-
-    def claim(self, wanted: str) -> str:
-        name = wanted
-        while name in self._claimed or (name != wanted and name in self._existing):
-            self._count[wanted] += 1
-            name = f"{wanted}_{self._count[wanted]}"
-        self._claimed.add(name)
-        return name
-
-
-def _name_graph(graph: ir.Graph, named: set[ir.Value], values: _Names, nodes: _Names) -> None:
-    def name_value(value: ir.Value, fallback: str) -> None:
-        if value in named:
-            return
-        named.add(value)
-        name = values.claim(value.name or fallback)
-        if name != value.name:
-            value.name = name
-
-    for value in (*graph.inputs, *list(graph.initializers.values())):
-        name_value(value, "value")
-    for node in graph:
-        node.name = nodes.claim(node.name or f"node_{node.op_type}")
-        for index, output in enumerate(node.outputs):
-            if output.name or output.uses() or output.is_graph_output():  # an unused optional output stays without a name
-                name_value(output, f"{node.name}_output_{index}")
-        for body in subgraphs(node):
-            _name_graph(body, named, values, nodes)
-
-
 STEPS: tuple[Callable[[ir.Model], object], ...] = (
     unique_names,
     inline_functions,
@@ -328,6 +282,7 @@ STEPS: tuple[Callable[[ir.Model], object], ...] = (
     simplify,
     drop_absent_biases,
     infer_shapes,
+    split_sequences,
     merge_layout,
     fuse_normalizations,
     fuse_activations,

@@ -225,9 +225,19 @@ class _Checker:
             opsets = function.opset_imports or model.opset_imports
             self._check_scope(function.graph, f"{self.where}, function '{function.name}'", opsets, [], set())
         self._check_scope(model.graph, self.where, model.opset_imports, [], set())
+        self._note_unused_opsets()
         also_inputs = sum(value.is_graph_input() for value in model.graph.initializers.values())
         if also_inputs:
             self.warnings.append(f"{also_inputs} initializers are graph inputs too; their values are taken as constants")
+
+    def _note_unused_opsets(self) -> None:
+        """Notes domains that are imported for no operator: what exporters leave behind, or a sign that operators were lost."""
+        model = self.model
+        graphs = [model.graph, *(function.graph for function in model.functions.values())]
+        used = {node.domain for graph in graphs for node in graph.all_nodes()}
+        for domain, version in model.opset_imports.items():
+            if domain not in ("", "ai.onnx") and domain not in used:
+                self.warnings.append(f"opset {version} of domain '{domain}' is imported and no operator is of it")
 
     def _check_scope(self, graph: ir.Graph, where: str, opsets: dict[str, int], outer: list[set[ir.Value]], outer_names: set[str]) -> None:
         """Checks one graph; `outer` holds the values that it may capture from the graphs around it."""
@@ -237,8 +247,12 @@ class _Checker:
         for node in graph:
             for value in node.inputs:
                 if value is not None and not any(value in scope for scope in scopes):
-                    raise SourceError(f"value '{value.name}' is used but nothing produces it", where=f"{where}, {describe_node(node)}",
-                                      fix=_REEXPORT)  # fmt: skip
+                    place = "neither it nor a graph around it produces it" if outer else "nothing produces it"
+                    raise SourceError(
+                        f"value '{value.name}' is used {'in a subgraph ' if outer else ''}but {place}",
+                        where=f"{where}, {describe_node(node)}",
+                        fix=_REEXPORT,
+                    )
             check_node(node, opsets, functions, where)
             for attr in node.attributes.values():
                 if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():

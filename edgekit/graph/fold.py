@@ -16,6 +16,7 @@ import numpy as np
 import onnx.reference.ops
 import onnx_ir as ir
 
+from edgekit.graph import fold_general
 from edgekit.graph.check import subgraphs
 from edgekit.graph.parameters import inherit_by_folding
 from edgekit.graph.shapes import static_shape
@@ -60,7 +61,7 @@ _NOT_LARGER = (
     *("ArgMax", "ArgMin", "CumSum", "EyeLike", "Flatten", "Identity", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"),
     *("Reshape", "ScatterElements", "ScatterND", "Slice", "Softmax", "Split", "Squeeze", "Transpose", "Trilu", "Unsqueeze"),
 )
-_SLOW = frozenset({"Erf", "GatherElements", "GatherND", "ScatterElements", "ScatterND"})
+_SLOW = frozenset({"Erf", "ScatterElements", "ScatterND"})
 """The reference implementation of these loops in Python."""
 
 
@@ -95,6 +96,12 @@ def _gather(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
     return arrays[0].size // max(1, along) * arrays[1].size
 
 
+def _gather_nd(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
+    data, indices = arrays
+    first = node.attributes.get_int("batch_dims", 0) + indices.shape[-1]
+    return math.prod(indices.shape[:-1]) * math.prod(data.shape[first:])
+
+
 def _matmul(node: ir.Node, arrays: Sequence[np.ndarray]) -> int:
     a, b = arrays
     rows, columns = (a.shape[-2] if a.ndim > 1 else 1), (b.shape[-1] if b.ndim > 1 else 1)
@@ -112,7 +119,7 @@ _BOUNDS: dict[str, Bound] = {
     "Expand": _expand,
     "Gather": _gather,
     "GatherElements": lambda node, arrays: arrays[1].size,
-    "GatherND": lambda node, arrays: arrays[0].size * arrays[1].size,
+    "GatherND": _gather_nd,
     "MatMul": _matmul,
     "NonZero": lambda node, arrays: arrays[0].size * max(1, arrays[0].ndim),
     "OneHot": lambda node, arrays: arrays[0].size * _product(arrays[1]),
@@ -172,16 +179,29 @@ def _fold_node(node: ir.Node, opset: int, budget: Budget) -> list[np.ndarray] | 
         if node.op_type in ("Shape", "Size"):
             return _fold_shape(node)
         bound = _BOUNDS.get(node.op_type)
-        if bound is None or not node.inputs or not all(value is None or _is_constant(value) for value in node.inputs):
+        if (
+            (bound is None and node.op_type not in fold_general.GENERAL)
+            or not node.inputs
+            or not all(value is None or _is_constant(value) for value in node.inputs)
+        ):
             return None
         if any(value is not None and value.dtype == ir.DataType.STRING for value in node.inputs):
             return None
-        growth = _growth(node, bound)
-        if growth is None or growth > budget.growth:
-            return None
-        arrays = _evaluate(node, opset)
-    except Exception:  # the reference evaluator raises anything on malformed nodes; such a node stays for the runtime to refuse
+        arrays = _folded(node, opset, bound, budget) if bound is not None else None
+        if arrays is None and node.op_type in fold_general.GENERAL:
+            arrays = _folded(node, opset, None, budget)
+    except Exception:  # the evaluators raise anything on malformed nodes; such a node stays for the runtime to refuse
         return None
+    return arrays
+
+
+def _folded(node: ir.Node, opset: int, bound: Bound | None, budget: Budget) -> list[np.ndarray] | None:
+    """Computes a node within the budget: by onnx's reference implementation under `bound`, without one by the interpreter."""
+    elements = bound(node, _inputs(node)) if bound is not None else fold_general.output_elements(node, opset)
+    growth = _growth(node, elements, is_slow=bound is not None and _is_slow(node)) if elements is not None else None
+    if growth is None or growth > budget.growth:
+        return None
+    arrays = _as_declared(node, _evaluate(node, opset) if bound is not None else fold_general.evaluate(node, opset))
     if arrays is not None:
         budget.growth -= growth
     return arrays
@@ -201,15 +221,21 @@ def _fold_shape(node: ir.Node) -> list[np.ndarray] | None:
     return [np.array(shape[start:end], dtype=np.int64)]
 
 
-def _growth(node: ir.Node, bound: Bound) -> int | None:
+def _is_slow(node: ir.Node) -> bool:
+    return node.op_type in _SLOW or (node.op_type == "GatherND" and node.attributes.get_int("batch_dims", 0) != 0)
+
+
+def _inputs(node: ir.Node) -> list[np.ndarray]:
+    return [_sized(value.const_value) for value in node.inputs if value is not None and value.const_value is not None]
+
+
+def _growth(node: ir.Node, elements: int, is_slow: bool) -> int | None:
     """Returns by how many bytes at most folding `node` enlarges the model, or None when a tensor would be too large.
 
     It is decided by sizes alone: only small inputs (target shapes, repeats, pads) are read.
     """
     constants = {value: value.const_value for value in node.inputs if value is not None and value.const_value is not None}
-    arrays = [_sized(constants[value]) for value in node.inputs if value is not None]
-    elements = bound(node, arrays)
-    if node.op_type in _SLOW and max(elements, *(array.size for array in arrays)) > _SLOW_LIMIT_ELEMENTS:
+    if is_slow and max(elements, *(tensor.size for tensor in constants.values())) > _SLOW_LIMIT_ELEMENTS:
         return None
     dtype = node.outputs[0].dtype
     size = elements * (math.ceil(dtype.itemsize) if dtype is not None and dtype != ir.DataType.UNDEFINED else 8)
@@ -227,14 +253,29 @@ def _sized(tensor: ir.TensorProtocol) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype=np.uint8), tensor.shape.numpy())
 
 
-def _evaluate(node: ir.Node, opset: int) -> list[np.ndarray] | None:
+def _evaluate(node: ir.Node, opset: int) -> list[np.ndarray]:
     inputs = [value.const_value.numpy() if value is not None and value.const_value is not None else None for value in node.inputs]
+    if node.op_type == "GatherElements" or (node.op_type == "GatherND" and not node.attributes.get_int("batch_dims", 0)):
+        return [_gathered(node, *(array for array in inputs if array is not None))]
     attributes = {name: ir.to_proto(attr.as_tensor()) if attr.type == ir.AttributeType.TENSOR else attr.value
                   for name, attr in node.attributes.items()}  # fmt: skip
     with np.errstate(all="ignore"):
         results = onnx.reference.ops.load_op("", node.op_type, opset).eval(*inputs, **attributes)
-    arrays = [np.ascontiguousarray(result) if np.ndim(result) else np.asarray(result) for result in
-              (results if isinstance(results, (tuple, list)) else [results])]  # fmt: skip
+    return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
+def _gathered(node: ir.Node, data: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """GatherND and GatherElements by numpy: the reference implementation loops in Python."""
+    if node.op_type == "GatherND":
+        return np.asarray(data[tuple(np.moveaxis(indices, -1, 0))])
+    axis = node.attributes.get_int("axis", 0) % data.ndim
+    covered = data[tuple(slice(None) if at == axis else slice(size) for at, size in enumerate(indices.shape))]
+    return np.take_along_axis(covered, indices, axis)
+
+
+def _as_declared(node: ir.Node, results: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+    """Returns the results as arrays of memory of their own; None when they contradict the graph."""
+    arrays = [np.ascontiguousarray(result) if np.ndim(result) else np.asarray(result) for result in results]
     if len(arrays) != len(node.outputs) or any(array.dtype == object for array in arrays):
         return None
     for output, array in zip(node.outputs, arrays, strict=True):

@@ -17,9 +17,10 @@ from onnxscript.version_converter import convert_version
 from edgekit.errors import EdgekitError, SourceError, UnsupportedOpError
 from edgekit.graph import opset_repairs
 from edgekit.graph.check import check_node, describe_node
+from edgekit.graph.names import unique_names
 from edgekit.graph.shapes import infer_shapes, static_shape, without_weights
 
-DEFAULT_OPSET = 23
+OPSET = 23
 _FIRST_OPSET_OF_ONNXSCRIPT = 18
 _IR_VERSION = 11
 """The first IR version of opset 23."""
@@ -27,7 +28,7 @@ _IR_VERSION_FOR_CONVERTER = 8
 """From IR version 4 on an initializer need not be a graph input too; 8 is the one of opset 18."""
 
 
-def to_opset(model: ir.Model, version: int = DEFAULT_OPSET) -> ir.Model:
+def to_opset(model: ir.Model, version: int = OPSET) -> ir.Model:
     """Converts `model` in place to ONNX opset `version` and returns it; a model of a higher opset stays as it is.
 
     Initializers that are graph inputs too (as IR version 3 demanded) stop being inputs. Functions are inlined when a conversion is needed.
@@ -55,6 +56,7 @@ def to_opset(model: ir.Model, version: int = DEFAULT_OPSET) -> ir.Model:
 
 def _to_opset(model: ir.Model, version: int) -> ir.Model:
     common.RemoveInitializersFromInputsPass()(model)
+    unique_names(model)  # from here on values are known by name
     if "ai.onnx" in model.opset_imports:
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     current = model.opset_imports.setdefault("", version)

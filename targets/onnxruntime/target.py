@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -71,6 +72,19 @@ class OnnxRuntime(Target):
         if threads < 1:
             raise UsageError(f"{threads} threads cannot run a model", fix="give a positive number of threads")
         return _open(path, threads, None)
+
+    def native_operators(self, folder: Path) -> dict[str, int]:
+        """The nodes of `model.onnx` by operator; ONNX Runtime fuses some of them when it loads the file.
+
+        Raises:
+            LoweringError: The file cannot be read.
+        """
+        path = folder / "model.onnx"
+        try:
+            nodes = ir.load(path).graph.all_nodes()
+        except Exception as error:  # onnx_ir and protobuf raise several kinds
+            raise LoweringError(f"model.onnx cannot be read: {error}", where=str(path), fix="compile the model again") from error
+        return dict(Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in nodes).most_common())
 
 
 class _IrVersionError(EdgekitError):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from xml.etree import ElementTree
 
 import onnx_ir as ir
 
@@ -82,6 +84,19 @@ class OpenVino(Target):
         if threads < 1:
             raise UsageError(f"{threads} threads cannot run a model", fix="give a positive number of threads")
         return OpenVinoExecutable(path, self.precision, threads)
+
+    def native_operators(self, folder: Path) -> dict[str, int]:
+        """The layers of `model.xml` by type, without constants, inputs and outputs; those of nested bodies count too.
+
+        Raises:
+            LoweringError: The file cannot be read.
+        """
+        path = folder / "model.xml"
+        try:
+            kinds = Counter(layer.get("type", "") for layer in ElementTree.parse(path).iter("layer"))
+        except (OSError, ElementTree.ParseError) as error:
+            raise LoweringError(f"model.xml cannot be read: {error}", where=str(path), fix="compile the model again") from error
+        return {kind: number for kind, number in kinds.most_common() if kind not in ("Const", "Parameter", "Result")}
 
 
 def _require_openvino() -> None:

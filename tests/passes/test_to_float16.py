@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edgekit.contracts import Context, Effect
+from edgekit.errors import UsageError
 from edgekit.models.vit import VisionTransformer
 from edgekit.passes.to_float16 import ToFloat16
 
@@ -79,7 +80,7 @@ def types(model):
 
 def test_declaration():
     assert (ToFloat16.name, ToFloat16.effect, ToFloat16.default_order) == ("to-float16", Effect.APPROXIMATE, None)
-    assert ToFloat16() == ToFloat16(keep_io=True, keep_float32=())
+    assert ToFloat16() == ToFloat16(keep_io=True, keep=())
 
 
 def test_weights_and_arithmetic_become_float16(convert, arrays):
@@ -113,14 +114,14 @@ def test_one_cast_serves_all_readers(convert, arrays):
 @pytest.mark.parametrize("pattern", ["Relu", "blocks.0/Relu", "blocks.0/*", "Re*"])
 def test_kept_by_operator_or_name(convert, arrays, pattern):
     text = CONV.replace("y = Relu", '["blocks.0/Relu"] y = Relu')
-    model, count, _ = convert(text, arrays, keep_float32=(pattern,))
+    model, count, _ = convert(text, arrays, keep=(pattern,))
     assert count == 2
     assert types(model) == [("Cast", "FLOAT16"), ("Conv", "FLOAT16"), ("Cast", "FLOAT"), ("Relu", "FLOAT")]
 
 
 def test_kept_node_keeps_the_float32_weight_that_it_shares(convert, arrays):
     text = "g (float[1,4,7,5] x) => (float[1,6,5,3] y) { c = Conv(x, w, b)  [head] d = Conv(x, w)  y = Add(c, d) }"
-    model, count, _ = convert(text, arrays, keep_float32=("head",))
+    model, count, _ = convert(text, arrays, keep=("head",))
     assert count == 2
     assert {name: value.dtype.name for name, value in model.graph.initializers.items()} == {
         "w": "FLOAT",
@@ -130,8 +131,8 @@ def test_kept_node_keeps_the_float32_weight_that_it_shares(convert, arrays):
 
 
 def test_pattern_that_fits_nothing_is_reported(convert, arrays):
-    _, _, context = convert(CONV, arrays, keep_float32=("Sofmax",))
-    assert [(refusal.where, "'Sofmax'" in refusal.why) for refusal in context.refusals] == [("keep_float32", True)]
+    _, _, context = convert(CONV, arrays, keep=("Sofmax",))
+    assert [(refusal.where, "'Sofmax'" in refusal.why) for refusal in context.refusals] == [("keep", True)]
 
 
 def test_weight_beyond_the_range_keeps_its_reader_in_float32(convert, arrays):
@@ -324,3 +325,78 @@ def test_vision_transformer(trace, run, keep_io):
     (result,) = run(model, {model.graph.inputs[0].name: x.numpy().astype(np.float32 if keep_io else np.float16)})
     expected = module(x).detach().numpy()
     np.testing.assert_allclose(result.astype(np.float32), expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+
+
+SQUARES = "g (float[2,4] x) => (float[2,4] y) { p = Mul(x, x)  r = Sqrt(p)  a = Mul(r, w)  y = Relu(a) }"
+
+
+@pytest.fixture
+def squares(build):
+    """A graph whose squares overflow for the second of two inputs."""
+    model = build(SQUARES, {"w": np.float32([1, 2, 3, 4])})
+    for node, module in zip(model.graph, ("norm", "norm.root", "normal", "act"), strict=True):
+        node.metadata_props["edgekit.module"] = module
+    return model, np.full((2, 4), 10, np.float32), np.full((2, 4), 1000, np.float32)
+
+
+def test_nodes_around_a_value_that_overflows_stay_and_say_so(squares, run):
+    model, _, large = squares
+    context = Context(calibration=[{"x": large}])
+    assert ToFloat16().apply(model, context) == 1
+    assert types(model) == [
+        ("Mul", "FLOAT"), ("Sqrt", "FLOAT"), ("Cast", "FLOAT16"), ("Mul", "FLOAT16"), ("Relu", "FLOAT16"), ("Cast", "FLOAT")
+    ]  # fmt: skip
+    (refusal,) = context.refusals
+    assert refusal.where == "Mul_0"
+    assert "stays in float32: in 'p' it reaches 1e+06" in refusal.why
+    np.testing.assert_array_equal(run(model, {"x": large})[0], np.float32([[1000, 2000, 3000, 4000]] * 2))
+
+
+def test_values_in_range_change_nothing(squares):
+    model, small, _ = squares
+    context = Context(calibration=[{"x": small}])
+    assert ToFloat16().apply(model, context) == 1
+    assert context.refusals == []
+    assert [op for op, type_ in types(model) if type_ == "FLOAT"] == ["Cast"]
+
+
+def test_overflow_refuse_converts_nothing_and_ignore_everything(squares):
+    model, _, large = squares
+    before = ir.to_proto(model).SerializeToString()
+    context = Context(calibration=[{"x": large}])
+    assert ToFloat16(overflow="refuse").apply(model, context) == 0
+    assert ir.to_proto(model).SerializeToString() == before
+    assert "is at risk" in context.refusals[0].why
+    context = Context(calibration=[{"x": large}])
+    assert ToFloat16(overflow="ignore").apply(model, context) == 1
+    assert context.refusals == []
+    with pytest.raises(UsageError, match="no overflow='kep'"):
+        ToFloat16(overflow="kep")
+
+
+@pytest.mark.parametrize(("keep", "stays"), [
+    (("Sqrt_1",), ["Sqrt"]),
+    (("norm",), ["Mul", "Sqrt"]),  # and not `normal`
+    (("norm.root", "act"), ["Sqrt", "Relu"]),
+])  # fmt: skip
+def test_kept_are_nodes_and_modules_with_all_below(squares, keep, stays):
+    model, _, _ = squares
+    context = Context()
+    ToFloat16(keep=keep).apply(model, context)
+    assert [op for op, type_ in types(model) if type_ == "FLOAT" and op != "Cast"] == stays
+    assert context.refusals == []
+
+
+def test_name_of_nothing_is_refused(squares):
+    context = Context()
+    ToFloat16(keep=("nor",)).apply(squares[0], context)
+    assert [(refusal.where, "'nor'" in refusal.why) for refusal in context.refusals] == [("keep", True)]
+
+
+def test_whole_operator_whose_squares_overflow_stays(build):
+    model = build("g (float[2,8] x) => (float[2,8] y) { n = LayerNormalization(x, s)  y = Mul(n, s) }", {"s": np.ones(8, np.float32)})
+    context = Context(calibration=[{"x": np.linspace(-3000, 3000, 16, dtype=np.float32).reshape(2, 8)}])
+    assert ToFloat16().apply(model, context) == 1
+    assert ("LayerNormalization", "FLOAT") in types(model)
+    assert ("Mul", "FLOAT16") in types(model)
+    assert [refusal.where for refusal in context.refusals] == ["LayerNormalization_0"]

@@ -15,6 +15,7 @@ import math
 import onnx_ir as ir
 
 from edgekit.graph.constants import GraphEditor, common_module, constant_array, is_used_once
+from edgekit.graph.cost import MODULE_KEY
 from edgekit.graph.fusions.attention_build import Builder, Dims, UnfitError, dims, elements
 from edgekit.graph.fusions.attention_masks import build_mask
 from edgekit.graph.fusions.attention_operands import (
@@ -34,14 +35,17 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 
 
 def fuse_attention(model: ir.Model) -> int:
-    """Replaces decomposed softmax attention in the main graph by `Attention`, in place; returns how many were made.
+    """Replaces decomposed softmax attention in the main graph by `Attention`, in place; returns how many were made or put in order.
+
+    An `Attention` whose keys and values an exporter repeats for groups of queries takes them as they are.
 
     Expects shapes to be inferred and constants to be folded. Nothing happens below opset 23.
     """
     if model.opset_imports.get("", 0) < FIRST_OPSET:
         return 0
     editor = GraphEditor(model)
-    return sum(_fuse(node, editor) for node in list(model.graph) if node.op_type == "Softmax" and node.domain == "")
+    fused = sum(_fuse(node, editor) for node in list(model.graph) if node.op_type == "Softmax" and node.domain == "")
+    return fused + sum(_group(node, editor) for node in list(model.graph) if node.op_type == "Attention" and node.domain == "")
 
 
 def _fuse(softmax: ir.Node, editor: GraphEditor) -> bool:
@@ -73,6 +77,34 @@ def _fuse(softmax: ir.Node, editor: GraphEditor) -> bool:
     return True
 
 
+def _group(attention: ir.Node, editor: GraphEditor) -> bool:
+    """Takes off the repetition of key and value heads before an Attention of four axes, which groups queries itself."""
+    query, key, value = attention.inputs[:3]
+    shape = dims(query)
+    if key is None or value is None or shape is None or len(shape) != 4 or not isinstance(shape[1], int):
+        return False
+    if any(operand is not None for operand in attention.inputs[4:]):
+        return False
+    if any(output.uses() or output.is_graph_output() for output in attention.outputs[1:]):
+        return False
+    keys, values = before_repetition(key), before_repetition(value)
+    key_shape, value_shape = dims(key), dims(value)
+    if keys is None or values is None or key_shape is None or value_shape is None or keys[1] != values[1] or shape[1] % keys[1]:
+        return False
+    builder = Builder(editor, attention, attention.metadata_props.get(MODULE_KEY, ""))
+    try:
+        new_key = builder.reshape(keys[0], (key_shape[0], keys[1], *key_shape[2:]))
+        new_value = builder.reshape(values[0], (value_shape[0], keys[1], *value_shape[2:]))
+    except UnfitError:
+        builder.abandon()
+        return False
+    builder.commit()
+    attention.replace_input_with(1, new_key)
+    attention.replace_input_with(2, new_value)
+    _remove_dead(editor, [producer for old in {key, value} if (producer := old.producer()) is not None])
+    return True
+
+
 def _scale(scores: Scores) -> float:
     return scores.scale * scores.query.factor * scores.key.factor
 
@@ -94,6 +126,8 @@ def _build(builder: Builder, scores: Scores, weighted: Weighted) -> ir.Value:
     batch, heads = _batch_and_heads(scores, weighted)
     lead = scores.base[:-2]
     query = to_heads(builder, scores.query, lead, batch, heads)
+    for factor, divides in scores.head_scales:
+        query = builder.node("Div" if divides else "Mul", [query, factor], (batch, heads, *scores.query.shape[-2:]))
     key, value = _keys_and_values(builder, scores, weighted, batch, heads)
     dtype = scores.product.outputs[0].dtype
     assert dtype is not None

@@ -64,6 +64,7 @@ class Scores:
         bounded: Whether a tanh was met whose bound is still to come.
         terms: Masks and biases.
         precision: The wider type that the scores are cast to for the Softmax.
+        head_scales: Constants of one number per head that the product is multiplied by, or divided where the flag is set.
     """
 
     product: ir.Node
@@ -76,6 +77,7 @@ class Scores:
     bounded: bool = False
     terms: tuple[Term, ...] = ()
     precision: ir.DataType | None = None
+    head_scales: tuple[tuple[ir.Value, bool], ...] = ()
 
 
 def read_scores(value: ir.Value, depth: int = 0) -> Scores | None:
@@ -135,12 +137,35 @@ def einsum_letters(node: ir.Node) -> tuple[str, str, str] | None:
 
 def _scale(node: ir.Node, depth: int) -> Scores | None:
     found = scaled(node)
-    scores = read_scores(found[0], depth) if found is not None else None
-    if found is None or scores is None or scores.terms or scores.softcap or scores.precision is not None:
+    if found is None:
+        return _scale_heads(node, depth)
+    scores = read_scores(found[0], depth)
+    if scores is None or scores.terms or scores.softcap or scores.precision is not None:
         return None
     if scores.bounded:
         return replace(scores, bounded=False, softcap=found[1], scale=scores.scale * found[1]) if found[1] > 0 else None
     return replace(scores, scale=scores.scale * found[1])
+
+
+def _scale_heads(node: ir.Node, depth: int) -> Scores | None:
+    """A temperature for each head of `[B, H, N, S]`, as in Swin V2 (Liu et al. 2022) and XCiT (El-Nouby et al. 2021)."""
+    for data, other in (node.inputs, reversed(node.inputs)) if node.op_type == "Mul" else (node.inputs,):
+        array = constant_array(other)
+        if data is None or other is None or array is None or array.ndim not in (3, 4) or array.shape[-2:] != (1, 1):
+            continue
+        scores = read_scores(data, depth)
+        if scores is None or scores.views != (scores.base,) or len(scores.base) != 4 or dims(data) != dims(node.outputs[0]):
+            return None
+        if (
+            scores.terms
+            or scores.softcap
+            or scores.bounded
+            or scores.precision is not None
+            or not (np.isfinite(array) & (array != 0)).all()
+        ):
+            return None
+        return replace(scores, head_scales=(*scores.head_scales, (other, node.op_type == "Div")))
+    return None
 
 
 def _tanh(node: ir.Node, depth: int) -> Scores | None:

@@ -71,13 +71,28 @@ def sole_reader(value: ir.Value) -> tuple[ir.Node, ir.Value] | None:
 
 
 def is_same(a: ir.Value | None, b: ir.Value | None) -> bool:
-    """True when the two are one value, or are made in the same way from the same values (a Sub or Cast that is written twice)."""
+    """True when the two are one value, or are made in the same way from the same values (a Sub, a Cast or a mean that is written twice)."""
     if a is b:
         return a is not None
-    first, second = made_by(a, "Sub", "Cast"), made_by(b, "Sub", "Cast")
-    if first is None or second is None or first.op_type != second.op_type or list(first.inputs) != list(second.inputs):
+    first, second = a.producer() if a is not None else None, b.producer() if b is not None else None
+    if first is None or second is None or first.domain != second.domain or first.op_type != second.op_type:
         return False
-    return {name: attr.value for name, attr in first.attributes.items()} == {name: attr.value for name, attr in second.attributes.items()}
+    if first.domain != "" or first.op_type not in ("Sub", "Cast", "ReduceMean") or len(first.inputs) != len(second.inputs):
+        return False
+    if {name: attr.value for name, attr in first.attributes.items()} != {name: attr.value for name, attr in second.attributes.items()}:
+        return False
+    if first.op_type == "ReduceMean" and len(first.inputs) == 2:
+        return is_same(first.inputs[0], second.inputs[0]) and _are_same_axes(first, second)
+    return all(is_same(x, y) for x, y in zip(first.inputs, second.inputs, strict=True))
+
+
+def _are_same_axes(first: ir.Node, second: ir.Node) -> bool:
+    """True for constant axes that are the same ones, counted from either end."""
+    data, arrays = first.inputs[0], [constant_array(node.inputs[1]) for node in (first, second)]
+    if arrays[0] is None or arrays[1] is None or data is None or data.shape is None or not arrays[0].size:
+        return False
+    rank = len(data.shape)
+    return {int(axis) % rank for axis in arrays[0]} == {int(axis) % rank for axis in arrays[1]}
 
 
 def same_rank(a: ir.Value, b: ir.Value) -> bool:

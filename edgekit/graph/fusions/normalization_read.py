@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from edgekit.graph.constants import constant_array, is_used_once
 from edgekit.graph.fusions.matching import Product, either_order, is_same, made_by, operands, product, scalar, sole_reader
+from edgekit.graph.shapes import static_shape
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,10 @@ def _read_moment(value: ir.Value) -> tuple[ir.Value, tuple[int, ...], float] | N
 
 
 def _read_mean(value: ir.Value) -> tuple[ir.Value, tuple[int, ...]] | None:
-    """Reads a ReduceMean with constant axes (an input, or an attribute) that it keeps; returns its data and the axes."""
-    node = value.producer()
-    if node is None or node.domain != "" or node.op_type != "ReduceMean" or node.attributes.get_int("keepdims", 1) != 1:
+    """Reads a ReduceMean with constant axes (an input, or an attribute) that it or a Reshape keeps; returns its data and axes."""
+    view = made_by(value, "Reshape", "Unsqueeze")
+    node = view.inputs[0].producer() if view is not None and view.inputs[0] is not None else value.producer()
+    if node is None or node.domain != "" or node.op_type != "ReduceMean":
         return None
     data = node.inputs[0]
     if data is None or data.shape is None:
@@ -157,6 +159,10 @@ def _read_mean(value: ir.Value) -> tuple[ir.Value, tuple[int, ...]] | None:
     if not axes:
         axes = [] if node.attributes.get_int("noop_with_empty_axes", 0) else list(range(rank))
     axes = sorted({axis + rank if axis < 0 else axis for axis in axes})
+    if view is not None or not node.attributes.get_int("keepdims", 1):
+        shape = static_shape(data)
+        if shape is None or static_shape(value) != tuple(1 if axis in axes else size for axis, size in enumerate(shape)):
+            return None
     return (data, tuple(axes)) if axes else None
 
 

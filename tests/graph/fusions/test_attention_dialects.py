@@ -337,7 +337,7 @@ UNCHANGED = {
     "product read elsewhere": f"({QKV}) => ({Y}, float[2,4,5,6] z) {{ {SCALED} {PLAIN} z = Relu(p) }}",
     "probabilities given out": f"({QKV}) => ({Y}, float[2,4,5,6] a) {{ {SCALED} {PLAIN} }}",
     "probabilities read elsewhere": f"({QKV}) => ({Y}, float[2,4,5,6] z) {{ {SCALED} {PLAIN} z = Relu(a) }}",
-    "scale of heads": f"({QKV}) => ({Y}) {{ {TURN} p = MatMul(q, t) s = Mul(p, perhead) {PLAIN} }}",
+    "scale of queries": f"({QKV}) => ({Y}) {{ {TURN} p = MatMul(q, t) s = Mul(p, perquery) {PLAIN} }}",
     "unknown scale": f"({QKV}, float u) => ({Y}) {{ {TURN} p = MatMul(q, t) s = Mul(p, u) {PLAIN} }}",
     "negative scale": f"({QKV}) => ({Y}) {{ {TURN} p = MatMul(q, t) s = Mul(p, minus) {PLAIN} }}",
     "scale after the mask": f"({QKV}, float[5,6] b) => ({Y}) {{ {TURN} p = MatMul(q, t) u = Add(p, b) s = Mul(u, half) {PLAIN} }}",
@@ -361,7 +361,7 @@ def test_unchanged(unchanged, name):
     constants = {
         **HALF,
         "minus": np.float32(-2),
-        "perhead": random(4, 1, 1),
+        "perquery": random(4, 5, 1),
         "weight": random(8, 6),
         "weight2": random(6, 8),
         "hidden": np.where(np.arange(5)[:, None] == 2, -np.inf, np.zeros((5, 6))).astype(np.float32),
