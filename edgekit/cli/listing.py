@@ -101,36 +101,23 @@ def targets_table(found: list[dict[str, Any]]) -> RenderableType:
     return _paragraphs([(item["name"], f"{', '.join(item['precisions'])}; {item['install'] or 'ready'}", item) for item in found])
 
 
-<<<<<<< HEAD
-def list_models() -> Listing:
-    """Every zoo model with its parameters, its MACs and its accuracy as measured in training; those that state their cost are not built."""
-=======
 def list_models(reporter: Reporter) -> Listing:
-    """Every zoo model with its parameters, its MACs and its accuracy as its training measured it."""
->>>>>>> canonical
+    """Every zoo model with its parameters, its MACs and its accuracy as measured in training; those that state their cost are not built."""
     from edgekit.cli.inspect import inspect_model
 
     models, not_imported = contracts.models.load_all()
     found, errors = [], list[EdgekitError](not_imported)
     reporter.expect(len(models))
     for name, model in models.items():
-<<<<<<< HEAD
         parameters, macs = model.parameters, model.macs
         if parameters is None or macs is None:
             try:
-                inspected = inspect_model(name, [], None, top=0)
+                with reporter.stage(name):
+                    inspected = inspect_model(name, [], None, top=0)
             except EdgekitError as error:
                 errors.append(error)
                 continue
             parameters, macs = inspected["parameters"], inspected["macs"]
-=======
-        try:
-            with reporter.stage(name):
-                inspected = inspect_model(name, [], None, top=0)
-        except EdgekitError as error:
-            errors.append(error)
-            continue
->>>>>>> canonical
         found.append(
             {
                 "name": name,

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from edgekit.contracts import Context, Effect, Pass
 from edgekit.errors import UsageError
-from edgekit.graph.constants import GraphEditor, constant_array
+from edgekit.graph.constants import GraphEditor
 from edgekit.graph.fusions.matching import insert
 from edgekit.graph.shapes import static_shape
 from edgekit.passes.masking.rules import Rule, rule
@@ -34,7 +34,7 @@ class MaskAware(Pass):
        m' = MaxPool(m) of the same kernel, stride, pads and dilation. A kernel of 1 needs no filling;
     2. batch norm, sigmoid, a constant that is added: masked again; activations that leave zero alone and products are not touched;
     3. pooling: m' = MaxPool(m) of the same window; the mean over the image is taken over known places;
-    4. sum or product of two maps: known where both are; concatenation: known in more than half of the maps, or with `concat = "union"` in any;
+    4. sum or product of two maps: known where both are; concatenation: known in more than half of them, or with `concat = "union"` in any;
     5. where the map is flattened for a linear layer, the mask ends.
 
     All or nothing: one layer that has no rule, and the graph stays as it is, with the reason. What is computed of the mask alone is shared
@@ -196,7 +196,11 @@ class _Masking:
         m = self._masks[x]
         if rounds:
             node.replace_input_with(0, self._fill(x, m, rounds, node))
-        self._multiply(node, self._pool(m, node, kernel, dilations))
+        pooled = self._pool(m, node, kernel, dilations)
+        if pooled is m and not rounds and (len(node.inputs) < 3 or node.inputs[2] is None):  # 1×1 without bias: zero stays zero
+            self._masks[node.outputs[0]] = m
+        else:
+            self._multiply(node, pooled)
 
     def pool(self, node: ir.Node) -> None:
         """Multiplies by the mask, pooled with the same window."""

@@ -31,8 +31,8 @@ class Rule(enum.Enum):
 
 _ZERO_STAYS = frozenset(
     {
-        "Abs", "Celu", "Dropout", "Elu", "Erf", "Gelu", "HardSwish", "Identity", "LeakyRelu", "Mish", "Neg", "PRelu", "Relu", "Selu", "Softsign",
-        "Split", "Swish", "Tanh",
+        "Abs", "Celu", "Dropout", "Elu", "Erf", "Gelu", "HardSwish", "Identity", "LeakyRelu", "Mish", "Neg", "PRelu", "Relu", "Selu",
+        "Softsign", "Split", "Swish", "Tanh",
     }
 )  # fmt: skip
 _ZERO_MOVES = frozenset({"BatchNormalization", "HardSigmoid", "Sigmoid", "Softplus"})
