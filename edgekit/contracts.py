@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import importlib.metadata
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ class Context:
         generator: The seeded source of randomness.
         skip: Places that the pass leaves alone because somebody asked for it, such as a search for a culprit.
         rewrites: Places that were rewritten, in order; filled by `applied`.
+        rules: Of a pass that has several rules, how many places each rewrote; filled by `applied`.
         refusals: Places that nearly matched; filled by `refuse`.
     """
 
@@ -61,15 +63,18 @@ class Context:
     generator: np.random.Generator | None = None
     skip: frozenset[str] = frozenset()
     rewrites: list[str] = field(default_factory=list)
+    rules: Counter[str] = field(default_factory=Counter)
     refusals: list[Refusal] = field(default_factory=list)
 
     def skips(self, where: str) -> bool:
         """Whether the place `where` (a node name) is to be left alone; asked before each rewrite."""
         return where in self.skip
 
-    def applied(self, where: str) -> None:
-        """Notes that the place `where` (a node name) was rewritten, so that it can be reported, and skipped the next time."""
+    def applied(self, where: str, rule: str = "") -> None:
+        """Notes that the place `where` (a node name) was rewritten (by `rule`), so that it can be reported, and skipped the next time."""
         self.rewrites.append(where)
+        if rule:
+            self.rules[rule] += 1
 
     def refuse(self, where: str, why: str) -> None:
         """Notes that the place `where` (a node name) was left alone and which condition failed."""

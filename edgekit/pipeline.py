@@ -33,6 +33,7 @@ class PassResult:
         spec: The pass as a specification string.
         effect: What it promises.
         rewrites: At how many places it rewrote; 0: it found no match.
+        rules: Of a pass that has several rules, how many places each rewrote.
         seconds: Time of the rewriting itself.
         parity: Its outputs against the graph before it; None where it changed nothing.
         cost: Of the graph after it.
@@ -56,6 +57,7 @@ class PassResult:
     refusals: tuple[Refusal, ...] = ()
     undone: str | None = None
     warnings: tuple[str, ...] = ()
+    rules: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -189,9 +191,8 @@ def run_passes(
             warnings += tuple(
                 f"pass '{spec}' met no place '{place}', which it was to leave alone" for place in sorted(context.skip - context.met)
             )
-            results.append(
-                PassResult(spec, item.effect, rewrites, seconds, parity, cost(model), metric, *counts, refusals, undone, warnings)
-            )
+            result = PassResult(spec, item.effect, rewrites, seconds, parity, cost(model), metric, *counts, refusals, undone, warnings)
+            results.append(dataclasses.replace(result, rules=dict(context.rules)))
             before, wholes = after, found
     return model, before, results
 

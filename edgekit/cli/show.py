@@ -70,6 +70,8 @@ def _sizes(report: dict[str, Any]) -> RenderableType:
     for item in report["passes"]:
         rewrites = "undone" if item["undone"] else str(item["rewrites"]) if item["rewrites"] else "no match"
         table.add_row(_step(item), rewrites, count(item["parameters"]), count(item["macs"]), size(item["bytes"]))
+        for rule, fired in () if item["undone"] else item.get("rules", {}).items():
+            table.add_row(f"  {rule}", str(fired), style="dim")
     table.add_row("artifact on disk", "", "", "", size(artifact["bytes"]), style="bold")
     return table
 

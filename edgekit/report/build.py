@@ -125,6 +125,7 @@ def _pass(result: PassResult) -> dict[str, Any]:
         "spec": result.spec,
         "effect": result.effect.value,
         "rewrites": result.rewrites,
+        "rules": result.rules,
         "seconds": round(result.seconds, 4),
         "parity": None if result.parity is None else result.parity.to_dict(),
         "parameters": result.cost.parameters,

@@ -210,7 +210,7 @@ class _Masking:
         self._multiply(node, self._pool(self._masks[x], node, tuple(node.attributes.get_ints("kernel_shape", ())), dilations))
 
     def mean(self, node: ir.Node) -> None:
-        """mean(x) ─► mean(x) / (mean(m) + tiny)."""
+        """mean(x) ─► mean(x) / max(mean(m), tiny); the paper adds 1e-8 instead, with which a mask of ones would not be exact."""
         x, y = node.inputs[0], node.outputs[0]
         assert x is not None
         keep = node.op_type == "GlobalAveragePool" or bool(node.attributes.get_int("keepdims", 1))
@@ -218,8 +218,7 @@ class _Masking:
         axes = self._editor.add_initializer(f"{node.name}.axes", np.array([2, 3]))
         shape = (batch, 1, 1, 1) if keep else (batch, 1)
         share = insert(self._editor, node, [node], "ReduceMean", [self._masks[x], axes], shape, {"keepdims": int(keep)}).outputs[0]
-        tiny = max(1e-8, float(np.finfo(np.float16).tiny) if self._dtype == ir.DataType.FLOAT16 else 0.0)
-        share = insert(self._editor, node, [node], "Add", [share, self._number(tiny)], shape).outputs[0]
+        share = insert(self._editor, node, [node], "Max", [share, self._number(_TINY)], shape).outputs[0]
         self._after(node, "Div", [y, share])
 
     def meet(self, node: ir.Node) -> None:
@@ -347,6 +346,8 @@ class _Masking:
         return self._numbers[number]
 
 
+_TINY = 2.0**-24
+"""The smallest number of float16: less than the share of one place in any image, so that only a mask of zeros is met."""
 _BOX: dict[str, int | tuple[int, ...]] = {"kernel_shape": (3, 3), "pads": (1, 1, 1, 1)}
 
 _APPLY = {

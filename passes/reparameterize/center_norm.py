@@ -46,7 +46,7 @@ class CenterNorm(Pass):
     effect: ClassVar[Effect] = Effect.EXACT
     removes: ClassVar[frozenset[str]] = frozenset({"LayerNormalization"})
 
-    targets: tuple[str, ...] = ("onnxruntime", "openvino")
+    targets: tuple[str, ...] = ()
     """Targets where RMSNormalization is one kernel and faster than LayerNormalization (`benchmarks/center_norm.py` measures it)."""
     force: bool = False
     """Rewrite for any target."""

@@ -39,7 +39,7 @@ class FoldBatchNorm(Pass):
 
     name: ClassVar[str] = "fold-batch-norm"
     effect: ClassVar[Effect] = Effect.EXACT
-    default_order: ClassVar[int | None] = 10
+    default_order: ClassVar[int | None] = None
     removes: ClassVar[frozenset[str]] = frozenset({"BatchNormalization"})
 
     def apply(self, model: ir.Model, context: Context) -> int:

@@ -85,7 +85,7 @@ def _expand(at: Operands, box: Box) -> Narrowing | None:
 
 
 def _along_axis(default: int) -> Rule:
-    """Softmax, ArgMax's relatives without reduction, CumSum: everything along one axis is needed."""
+    """Softmax and norms along one axis: everything along it is needed."""
 
     def rule(at: Operands, box: Box) -> Narrowing | None:
         free = without(box, [at.node.attributes.get_int("axis", default)])

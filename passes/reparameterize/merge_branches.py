@@ -53,7 +53,7 @@ class MergeBranches(Pass):
 
     name: ClassVar[str] = "merge-branches"
     effect: ClassVar[Effect] = Effect.EXACT
-    default_order: ClassVar[int | None] = 20
+    default_order: ClassVar[int | None] = None
     removes: ClassVar[frozenset[str]] = frozenset({"BatchNormalization", "Conv"})
 
     def apply(self, model: ir.Model, context: Context) -> int:

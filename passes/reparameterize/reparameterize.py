@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from edgekit.contracts import Context, Effect, Pass, Refusal
-from edgekit.errors import UsageError, nearest
+from edgekit.errors import PassError, UsageError, nearest
+from edgekit.graph.census import losses, whole_nodes
 from edgekit.passes.reparameterize.argmax import DropMonotonic
 from edgekit.passes.reparameterize.attention_bias import DropAttentionBias
 from edgekit.passes.reparameterize.commute import CommuteLinear
@@ -78,7 +78,11 @@ class Reparameterize(Pass):
                 raise UsageError(f"'{name}' is no family of reparameterize", where="option 'without'", fix=nearest(name, names))
 
     def apply(self, model: ir.Model, context: Context) -> int:
-        """Runs the families to a fixed point; returns how many places they rewrote in all."""
+        """Runs the families to a fixed point; returns how many places they rewrote in all.
+
+        Raises:
+            PassError: A family broke a whole operator that it does not declare to remove.
+        """
         families = [family() for family in FAMILIES if family.name not in self.without]
         total = 0
         for _ in range(_MOST_ROUNDS):
@@ -91,12 +95,31 @@ class Reparameterize(Pass):
         return total
 
 
+@dataclass
+class _FamilyContext(Context):
+    """What one family sees: its places bear its name in the context of the whole pass."""
+
+    parent: Context = field(default_factory=Context)
+    family: str = ""
+
+    def skips(self, where: str) -> bool:
+        """As `Context.skips`."""
+        return self.parent.skips(f"{self.family}: {where}")
+
+    def applied(self, where: str, rule: str = "") -> None:
+        """As `Context.applied`."""
+        self.parent.applied(f"{self.family}: {where}", rule=rule or self.family)
+
+
 def _run(family: Pass, model: ir.Model, context: Context, refusals: list[Refusal]) -> int:
-    prefix = f"{family.name}: "
-    skip = frozenset(place.removeprefix(prefix) for place in context.skip if place.startswith(prefix))
-    own = dataclasses.replace(context, skip=skip, rewrites=[], refusals=[])
+    own = _FamilyContext(context.calibration, context.target, context.generator, parent=context, family=family.name)
+    before = whole_nodes(model)
     count = family.apply(model, own)
-    for place in own.rewrites:
-        context.applied(prefix + place)
+    # One family may drop work of any kind: what the pass as a whole may remove says nothing, so each is held to its own promise.
+    if count and (lost := losses(before, whole_nodes(model), family.removes)):
+        raise PassError(
+            f"'{family.name}' broke whole operators into parts: {', '.join(map(str, lost))}",
+            fix=f'reparameterize{{without=["{family.name}"]}}',
+        )
     refusals += own.refusals
     return count

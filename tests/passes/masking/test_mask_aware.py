@@ -16,7 +16,7 @@ from edgekit.errors import UsageError
 from edgekit.graph.canonicalize import canonicalize
 from edgekit.graph.check import check_model
 from edgekit.graph.cost import cost
-from edgekit.graph.interpreter import run
+from edgekit.graph.interpreter import Interpreter, run
 from edgekit.passes.masking.mask_aware import MaskAware
 from edgekit.passes.reparameterize.fold_batch_norm import FoldBatchNorm
 
@@ -229,7 +229,7 @@ def test_equals_the_published_algorithm(network, kind):
     module, model = network
     x, mask = image(), keep(kind=kind)
     expected = reference(module, x, mask)
-    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    assert np.abs(expected[0] - expected[1]).max() > 1e-4
     result = outputs(masked(model), x, mask, dtype="float64")
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
@@ -401,10 +401,10 @@ def test_place_to_skip_stops_the_whole(networks):
 
 def random_text(rng):
     """A chain of layers with random geometry, with one sum of two maps in it."""
-    lines, arrays, height, width, channels = [], {}, int(rng.integers(7, 12)), int(rng.integers(7, 12)), 2
+    lines, arrays, height, width, channels = [], {}, int(rng.integers(6, 10)), int(rng.integers(6, 10)), 2
     shape = f"float[1,2,{height},{width}] x"
     current = "x"
-    for index in range(int(rng.integers(1, 5))):
+    for index in range(int(rng.integers(1, 4))):
         kind = rng.choice(["conv", "conv", "conv", "max", "average", "norm", "act", "branch"])
         kh, kw = (int(k) for k in rng.integers(1, 5, 2))
         dh, dw = (int(d) for d in rng.integers(1, 3, 2))
@@ -448,16 +448,17 @@ def random_text(rng):
 def test_random_networks_have_the_properties(build, seed):
     rng = np.random.default_rng(seed)
     text, arrays, _ = random_text(rng)
-    plain = build(text, arrays)
-    model = masked(build(text, arrays))
-    x = rng.normal(size=list(model.graph.inputs[0].shape)).astype(np.float32)
-    (expected,) = run(plain, {"x": x}, dtype="float64").values()
-    np.testing.assert_allclose(outputs(model, x, dtype="float64"), expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
-    mask = (rng.random((1, 1, *x.shape[2:])) < rng.choice([0.0, 0.1, 0.6])).astype(np.float32)
-    other = np.where(mask > 0, x, rng.normal(size=x.shape)).astype(np.float32)
-    first = outputs(model, x, mask)
+    plain, model = build(text, arrays), build(text, arrays)
+    x = rng.normal(size=list(plain.graph.inputs[0].shape))
+    assert MaskAware().apply(model, Context()) == len(plain.graph)
+    network = Interpreter(model, dtype="float64")
+    expected = Interpreter(plain, dtype="float64")({"x": x})["y"].numpy()
+    np.testing.assert_allclose(network({"x": x})["y"].numpy(), expected, rtol=0, atol=1e-10 * max(np.abs(expected).max(), 1e-3))
+    mask = (rng.random((1, 1, *x.shape[2:])) < rng.choice([0.0, 0.1, 0.6])).astype(np.float64)
+    first = network({"x": x, "mask": mask})["y"].numpy()
     assert np.isfinite(first).all()
-    np.testing.assert_array_equal(outputs(model, other, mask), first)
+    other = np.where(mask > 0, x, rng.normal(size=x.shape))
+    np.testing.assert_array_equal(network({"x": other, "mask": mask})["y"].numpy(), first)
 
 
 def test_canonical_form_is_kept(networks):
