@@ -191,8 +191,10 @@ def run_passes(
             warnings += tuple(
                 f"pass '{spec}' met no place '{place}', which it was to leave alone" for place in sorted(context.skip - context.met)
             )
-            result = PassResult(spec, item.effect, rewrites, seconds, parity, cost(model), metric, *counts, refusals, undone, warnings)
-            results.append(dataclasses.replace(result, rules=dict(context.rules)))
+            rules = dict(context.rules)
+            results.append(
+                PassResult(spec, item.effect, rewrites, seconds, parity, cost(model), metric, *counts, refusals, undone, warnings, rules)
+            )
             before, wholes = after, found
     return model, before, results
 
