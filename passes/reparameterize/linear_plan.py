@@ -44,13 +44,6 @@ class Cost:
     def __sub__(self, other: Cost) -> Cost:
         return Cost(self.macs - other.macs, self.elements - other.elements, self.moved - other.moved, self.nodes - other.nodes)
 
-    @property
-    def is_gain(self) -> bool:
-        """For a difference: neither multiply-accumulates nor matrices rise, and one of them falls, or less is moved by no more nodes."""
-        if self.macs > 0 or self.elements > 0:
-            return False
-        return self.macs < 0 or self.elements < 0 or (self.moved < 0 and self.nodes <= 0)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,6 +66,22 @@ class Plan:
         """What the plan costs more than what is there."""
         return self.cost - cost_now(self.region)
 
+    @property
+    def is_gain(self) -> bool:
+        """Neither multiply-accumulates nor matrices rise, and one of them falls, or less is moved by no more nodes.
+
+        A concatenation that was not there before copies its operands; to save nothing else, it must halve what is moved.
+        """
+        change = self.change
+        if change.macs > 0 or change.elements > 0:
+            return False
+        if change.macs < 0 or change.elements < 0:
+            return True
+        joins = sum(len(form.dense()) > 1 for form in self.patterns.values())
+        if joins > sum(node.op_type == "Concat" for node in self.region.nodes) and 2 * self.cost.moved > self.region.moved:
+            return False
+        return change.moved < 0 and change.nodes <= 0
+
 
 class Savings:
     """What the best rewriting behind each value of a graph would change, as the graph is now.
@@ -90,7 +99,7 @@ class Savings:
         for node in nodes:
             for value in node.outputs:
                 plan = self.plans[value] = best_plan((value,)) if len(node.outputs) == 1 else None
-                own = plan.change if plan is not None and plan.change.is_gain else Cost()
+                own = plan.change if plan is not None and plan.is_gain else Cost()
                 self._best[value] = min(own, self.of_operands(value, plan))
 
     def of_operands(self, value: ir.Value, plan: Plan | None) -> Cost:

@@ -37,7 +37,8 @@ class MergeLinears(Pass):
     1. the matrices are constants, and every operator between maps the last axis alone;
     2. nothing else reads the values that disappear;
     3. a product is among the nodes, and with it another product, a sum or a selection of columns (scalings alone are other passes' work);
-    4. multiply-accumulates and elements of matrices do not rise and one of them falls, or with equal numbers fewer elements are moved;
+    4. multiply-accumulates and elements of matrices do not rise and one of them falls, or with equal numbers fewer elements are moved
+       (at most half as many where a concatenation must be made for it);
     5. the new matrix is finite in its dtype.
 
     A product that several products read, and nothing else, is multiplied into each of them under the same conditions. The numbers are
@@ -79,7 +80,7 @@ def _sweep(editor: GraphEditor, context: Context, refusals: list[Refusal]) -> in
             plan = savings.plans.get(roots[0]) if len(roots) == 1 and not found else best_plan(roots)  # a rewriting may have made it old
             if plan is None or context.skips(where):
                 continue
-            if not plan.change.is_gain:
+            if not plan.is_gain:
                 why: str | None = _why_no_gain(plan)
             elif len(roots) == 1 and savings.of_operands(roots[0], plan) < plan.change:
                 continue  # its operands come next, each on its own

@@ -17,6 +17,7 @@ from edgekit.passes.reparameterize.dead_work import DropDeadWork
 from edgekit.passes.reparameterize.drop_repeated import DropRepeated
 from edgekit.passes.reparameterize.fold_batch_norm import FoldBatchNorm
 from edgekit.passes.reparameterize.fold_input_affine import FoldInputAffine
+from edgekit.passes.reparameterize.fold_quantized_scale import FoldQuantizedScale
 from edgekit.passes.reparameterize.fold_scale import FoldScale
 from edgekit.passes.reparameterize.merge_branches import MergeBranches
 from edgekit.passes.reparameterize.merge_linears import MergeLinears
@@ -27,6 +28,7 @@ from edgekit.passes.reparameterize.small_maps import CropKernels
 FAMILIES: tuple[type[Pass], ...] = (
     FoldBatchNorm,
     FoldScale,
+    FoldQuantizedScale,
     MergeBranches,
     FoldInputAffine,
     MergeConvolutions,

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -16,8 +17,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgekit import contracts
 from edgekit.cli import listing
 from edgekit.cli.inspect import inspect_model
+from edgekit.contracts import Context
+from edgekit.graph.canonicalize import canonicalize
+from edgekit.graph.cost import cost
+from edgekit.graph.interpreter import run
 from edgekit.models import fmvit_reference
 from edgekit.models.fmvit import Branch, Rep, affine, conv
+from edgekit.passes.reparameterize.reparameterize import Reparameterize
+from edgekit.progress import Reporter
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small layers spend their time waiting for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 NEXT_VIT_S = (31.7e6, 5.8e9)
 """Published parameters and multiply-accumulates of the neighbour whose widths the reference configuration has."""
@@ -57,7 +74,7 @@ def test_listing_does_not_build_a_model_that_states_its_cost(monkeypatch):
 
     known = contracts.ZooModel("known", build, (1, 3, 8, 8), parameters=5, macs=7)
     monkeypatch.setattr(contracts.models, "load_all", lambda: ({"known": known}, []))
-    (found,) = listing.list_models().found
+    (found,) = listing.list_models(Reporter()).found
     assert (found["parameters"], found["macs"], found["input"]) == (5, 7, "1×3×8×8")
 
 
@@ -118,6 +135,26 @@ def test_training_form_equals_deployed_form_in_float64():
     module, x = fmvit_reference.build_tiny().double(), images(1, 64).double()
     reference = module(x)
     assert relative(module.deploy()(x), reference) <= 1e-11
+
+
+def test_compiler_reaches_the_form_that_the_module_folds_itself_into():
+    module, x = fmvit_reference.build_tiny(), images(1, 64)
+
+    def exported() -> ir.Model:
+        program = torch.onnx.export(module, (x,), dynamo=True, opset_version=23, optimize=False, verbose=False)
+        return canonicalize(program.model)
+
+    model, reference = exported(), module(x).detach().numpy()
+    module.deploy()
+    deployed = exported()
+    assert Reparameterize().apply(model, Context()) > 0
+    found, wanted = (Counter(node.op_type for node in graph.graph) for graph in (model, deployed))
+    assert found["BatchNormalization"] == 0
+    assert found["Conv"] == wanted["Conv"]
+    assert cost(model).macs <= cost(deployed).macs
+    assert cost(model).bytes <= cost(deployed).bytes
+    (result,) = run(model, {model.graph.inputs[0].name: x.numpy()}).values()
+    assert np.abs(result - reference).max() <= 1e-4 * np.abs(reference).max()
 
 
 def test_weights_are_the_same_every_time_and_the_random_state_stays():

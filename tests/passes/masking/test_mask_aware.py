@@ -21,6 +21,15 @@ from edgekit.passes.masking.mask_aware import MaskAware
 from edgekit.passes.reparameterize.fold_batch_norm import FoldBatchNorm
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny convolutions spend their time waiting for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Plain:
     """The layers as they are."""
 
@@ -115,7 +124,7 @@ class Residual(nn.Module):
         ops = ops or Plain()
         x = ops.pool(ops.act(ops.norm(ops.conv(x, self.stem), self.norm), self.relu), self.pool)
         y = ops.act(ops.norm(ops.conv(x, self.a), self.na), self.relu)
-        x = ops.act(ops.add(x, ops.norm(ops.conv(y, self.b), self.nb)), self.relu)
+        x = ops.act(ops.add(ops.norm(ops.conv(y, self.b), self.nb), x), self.relu)
         y = ops.conv(ops.act(ops.conv(x, self.c), self.relu), self.d)
         x = ops.act(ops.add(ops.conv(x, self.skip), y), self.relu)
         return self.head(ops.mean(x).flatten(1))

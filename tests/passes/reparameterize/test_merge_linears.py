@@ -185,6 +185,17 @@ def test_sum_of_products_of_two_values_is_refused(refused):
     refused(text("a = MatMul(x, m8x8a ) b = MatMul(z, m8x8b ) y = Add(a, b)", "float[1,3,8] x, float[1,3,8] z"), "2 products")
 
 
+def test_averaged_heads_of_two_tokens_become_one(merged, refused):
+    nodes = "a = MatMul(x, m2x8a ) b = Add(a, b8 ) c = MatMul(z, m2x8b ) d = Add(c, b8 ) s = Add(b, d) y = Mul(s, half )"
+    merged(text(nodes, "float[1,3,2] x, float[1,3,2] z"), {"Concat": 1, "MatMul": 1, "Add": 1}, 3 * 32)
+    refused(text(nodes.replace("2x8", "8x8"), "float[1,3,8] x, float[1,3,8] z"), "2 products")  # the copies would cost as much
+
+
+def test_low_rank_branch_with_an_activation_stays_beside_its_layer(refused):
+    nodes = "a = MatMul(x, m8x8a ) b = Add(a, b8 ) c = MatMul(x, m8x2a ) r = Relu(c) u = MatMul(r, m2x8a ) y = Add(b, u)"
+    refused(text(nodes), "2 products are not merged")
+
+
 def test_value_read_elsewhere_is_refused(refused):
     nodes = "a = MatMul(x, m8x8a ) y = MatMul(a, m8x8b )"
     refused(text(nodes, outputs="float[1,3,8] y, float[1,3,8] a"), "its result is read elsewhere")
