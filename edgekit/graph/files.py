@@ -38,7 +38,7 @@ def spill_weights(model: ir.Model, folder: Path) -> ir.Model:
 
 
 def save_model(model: ir.Model, path: Path, inline_limit: int = INLINE_LIMIT) -> list[Path]:
-    """Writes `model` to `path`, with its weights beside it in `path.data` where they exceed `inline_limit` bytes; returns the files written.
+    """Writes `model` to `path`, with its weights beside it in `path.data` where they exceed `inline_limit` bytes; returns the files.
 
     Raises:
         OSError: The file system refused, or is full.
