@@ -27,6 +27,7 @@ from edgekit.artifact import (
     save_parity,
     uncompressed,
 )
+from edgekit.collection import collected_later
 from edgekit.contracts import Context, Effect, Pass, Target
 from edgekit.data import declared_inputs
 from edgekit.errors import BudgetError, LoweringError, MissingToolError, ParityError, UnsupportedOpError
@@ -220,7 +221,7 @@ def _optimize_and_lower(
     reporter: Reporter,
 ) -> Compiled:
     table = _table(original, evaluator)
-    with reporter.stage("canonicalize"):
+    with reporter.stage("canonicalize"), collected_later():
         graph = canonicalize(to_opset(original.model.clone(), OPSET))
         infer_shapes(graph)
         canonical = evaluator.run(graph, "canonicalize", labelled=False)

@@ -19,6 +19,9 @@ from edgekit.graph.precision import graph_precision
 from edgekit.isolation import Worker, WorkerDiedError, WorkerRaisedError
 from edgekit.staging import FULL, full_error
 
+_INLINE_IN_STAGE = 2**20
+"""Bytes of weights in the file of a stage that is only run; beside it they are written, and read, without being packed into a message."""
+
 
 @dataclass
 class Outcome:
@@ -94,7 +97,7 @@ class Evaluator:
             UnsupportedOpError, LoweringError: ONNX Runtime refused the graph or crashed.
         """
         path = self._folder / "stage.onnx"
-        files = save_model(model, path)
+        files = save_model(model, path, _INLINE_IN_STAGE)
         try:
             feeds = self.feeds if labelled else self._data.calibration
             run = native.run_rounded if graph_precision(model) in ("fp16", "bf16") else native.run_onnx

@@ -14,6 +14,7 @@ import numpy as np
 
 from edgekit.contracts import Arrays, Target
 from edgekit.errors import LoweringError, UnsupportedOpError
+from edgekit.graph.files import INLINE_LIMIT
 
 _OF_NO_USE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .*?failed:|\S*/onnxruntime/core/\S+:\d+ .*?\) (?=[A-Z])")
 """What ONNX Runtime's messages say of its status codes, its source, and the file, which is a temporary one."""
@@ -34,7 +35,8 @@ def run_onnx(path: Path, feeds: Sequence[Arrays], threads: int) -> list[Arrays]:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    if path.with_name(f"{path.name}.data").exists():  # large weights: prepacked copies would double them in memory
+    data = path.with_name(f"{path.name}.data")
+    if data.exists() and data.stat().st_size > INLINE_LIMIT:  # large weights: prepacked copies would double them in memory
         options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.x64quantprecision", "1")  # 8-bit products saturate otherwise on older processors
     try:

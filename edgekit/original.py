@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit.adversarial import adversarial_batches
+from edgekit.collection import collected_later
 from edgekit.contracts import Arrays
 from edgekit.data import Data, declared_inputs, load_data
 from edgekit.errors import EdgekitError, LoweringError, SourceError, TraceError, UnsupportedOpError
@@ -166,7 +167,7 @@ class Opener:
             for model in (traced.model, traced.baseline):
                 pin_inputs(model, example_pins(model, source))
                 infer_shapes(model)
-        with self.reporter.stage("check trace"):
+        with self.reporter.stage("check trace"), collected_later():
             data, evaluator = self._load(source, traced.model)
             input_names = [str(value.name) for value in traced.model.graph.inputs]
             output_names = [str(value.name) for value in traced.model.graph.outputs]

@@ -366,7 +366,7 @@ def test_an_operator_set_of_2017_is_refused_by_name(tmp_path: Path, worker: Work
     text = '<ir_version: 3, opset_import: ["" : 5]> old (float[2] x) => (int32[2] y) { y = Cast<to = "INT32">(x) }'
     path = tmp_path / "old.onnx"
     onnx.save(onnx.parser.parse_model(text), path)
-    refused(tmp_path, worker, UnsupportedOpError, "'Cast' of opset 5", "'y'", "export the model again at opset 18", model=path)
+    refused(tmp_path, worker, UnsupportedOpError, "'Cast' of opset 5", "'y/Cast'", "export the model again at opset 18", model=path)
 
 
 def test_output_places(tiny: Path, worker: Worker) -> None:

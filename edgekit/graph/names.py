@@ -40,6 +40,12 @@ class _Names:
         return name
 
 
+def _name_by_result(node: ir.Node) -> str:
+    """A name by which the author of a graph without names of nodes finds the node again."""
+    result = node.outputs[0].name if node.outputs else None
+    return f"{result}/{node.op_type}" if result else f"node_{node.op_type}"
+
+
 def _name_graph(graph: ir.Graph, named: set[ir.Value], values: _Names, nodes: _Names) -> None:
     def name_value(value: ir.Value, fallback: str) -> None:
         if value in named:
@@ -52,7 +58,7 @@ def _name_graph(graph: ir.Graph, named: set[ir.Value], values: _Names, nodes: _N
     for value in (*graph.inputs, *list(graph.initializers.values())):
         name_value(value, "value")
     for node in graph:
-        node.name = nodes.claim(node.name or f"node_{node.op_type}")
+        node.name = nodes.claim(node.name or _name_by_result(node))
         for index, output in enumerate(node.outputs):
             if output.name or output.uses() or output.is_graph_output():  # an unused optional output stays without a name
                 name_value(output, f"{node.name}_output_{index}")

@@ -281,7 +281,7 @@ def test_metadata_and_names_survive(make):
         node.metadata_props["edgekit.module"] = f"blocks.{node.op_type}"
     canonicalize(model)
     assert [node.metadata_props["edgekit.module"] for node in model.graph] == ["blocks.Relu", "blocks.Neg", "blocks.Exp"]
-    assert [node.name for node in model.graph] == ["same", "same_1", "node_Exp"]
+    assert [node.name for node in model.graph] == ["same", "same_1", "y/Exp"]
 
 
 def test_light_networks_become_plain_graphs(light_nets):

@@ -39,7 +39,7 @@ def refusal(name: str, exporter: str, opset: int) -> str | None:
         return "the TorchScript exporter does not know it"
     if opset < 13 and (name.startswith("vit block") or name == "unflatten"):
         return "unflatten came with opset 13"
-    if opset < 14 and (name.startswith(("sdpa", "swin, fused")) or name in ("timm, fused", "timm, q and k normalized")):
+    if opset < 14 and (name.startswith(("sdpa", "swin, fused", "vit block")) or name in ("timm, fused", "timm, q and k normalized")):
         return "scaled_dot_product_attention came with opset 14"
     return "Einsum came with opset 12" if opset < 12 and name == "einsum" else None
 
