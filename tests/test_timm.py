@@ -21,7 +21,7 @@ def test_a_model_of_timm_against_pytorch() -> None:
     report = artifact.report
     assert report["model"]["parameters"] == sum(parameter.numel() for parameter in module.parameters())
     assert any("random weights" in note for note in report["notes"])
-    assert [item["rewrites"] > 0 for item in report["passes"]] == [True, True]
+    assert set(report["passes"][0]["rules"]) >= {"fold-batch-norm", "merge-branches"}
     assert report["passes"][-1]["parameters"] < report["model"]["parameters"]
     image = np.random.default_rng(0).normal(0, 1, (1, 3, 64, 64)).astype(np.float32)
     with torch.no_grad():

@@ -107,7 +107,7 @@ def list_models(reporter: Reporter) -> Listing:
 
     models, not_imported = contracts.models.load_all()
     found, errors = [], list[EdgekitError](not_imported)
-    reporter.expect(len(models))
+    reporter.expect(sum(model.parameters is None or model.macs is None for model in models.values()))
     for name, model in models.items():
         parameters, macs = model.parameters, model.macs
         if parameters is None or macs is None:
