@@ -37,13 +37,15 @@ def spill_weights(model: ir.Model, folder: Path) -> ir.Model:
     return ir.load(path)
 
 
-def save_model(model: ir.Model, path: Path, inline_limit: int = INLINE_LIMIT) -> list[Path]:
-    """Writes `model` to `path`, with its weights beside it in `path.data` where they exceed `inline_limit` bytes; returns the files.
+def save_model(model: ir.Model, path: Path, inline_limit: int | None = None) -> list[Path]:
+    """Writes `model` to `path` and returns the files written.
+
+    Weights of more than `inline_limit` bytes (`INLINE_LIMIT`) go into `path.data` beside it.
 
     Raises:
         OSError: The file system refused, or is full.
     """
-    if weight_bytes(model) <= inline_limit:
+    if weight_bytes(model) <= (INLINE_LIMIT if inline_limit is None else inline_limit):
         ir.external_data.load_to_model(model)  # a weight in a file beside the source would be looked for beside `path`
         ir.save(model, path)
         return [path]

@@ -26,8 +26,12 @@ def test_family(name: str) -> None:
     assert row.error <= GOAL
 
 
+LARGE = ("vgg19", "bvlc_alexnet", "zfnet512")  # layers that the others have too; whole compiles of them are tested elsewhere
+
+
 @pytest.mark.parametrize(
-    "name", [name if name in ("shufflenet", "squeezenet") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    "name",
+    [name if name in ("shufflenet", "squeezenet") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in LARGE],
 )
 def test_light_networks_keep_their_numbers(name: str) -> None:
     proto: onnx.ModelProto = randomized(name)
