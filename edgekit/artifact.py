@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,9 @@ class Artifact:
         if (self.path / BASELINE).is_dir():
             dtypes = {item["name"]: item["dtype"] for item in self.report["model"]["inputs"]}
             feed = {name: array.astype(dtypes[name]) for name, array in kept.inputs[0].items()}
-            timed["baseline"] = Timed(uncompressed(self.target), self.path / BASELINE, feed)
+            timed["baseline"] = Timed(self.target.uncompressed(), self.path / BASELINE, feed)
         with Worker() as worker:
             return latency(worker, timed, self.threads, budget_s, max_runs, self.recipe.seed)
-
-
-def uncompressed(target: Target) -> Target:
-    """The target at its full precision, which is what a baseline is lowered at."""
-    return replace(target, precision=target.precisions[0])
 
 
 def is_artifact(folder: Path) -> bool:

@@ -104,6 +104,10 @@ class Executable(ABC):
 
     facts: Mapping[str, str] = {}
     """What the target's runtime says of itself, such as the precision that it executes in."""
+    inputs: tuple[str, ...] = ()
+    """Names of the inputs, of what `Target.load_file` opened."""
+    outputs: tuple[str, ...] = ()
+    """Names of the outputs, of what `Target.load_file` opened."""
 
     @abstractmethod
     def run(self, inputs: Arrays) -> Arrays:
@@ -121,6 +125,8 @@ class Target(ABC):
     """The extra of edgekit that installs them."""
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     """The precisions that the target can execute in."""
+    suffix: ClassVar[str] = ""
+    """End of the names of files that the target's format has everywhere (`.mlpackage`), where `load_file` opens anybody's."""
 
     precision: str = "fp32"
 
@@ -146,6 +152,40 @@ class Target(ABC):
     @abstractmethod
     def load(self, folder: Path, threads: int) -> Executable:
         """Loads what `lower` wrote, to run on `threads` threads."""
+
+    @property
+    def effect(self) -> Effect:
+        """Whether `lower` keeps the numbers up to the rounding of the precision, or changes them on purpose, as compressed weights do."""
+        return Effect.EXACT
+
+    @property
+    def executes_here(self) -> bool:
+        """Whether `load` executes on this machine as a device of the target does, so that latency measured here means something."""
+        return True
+
+    def uncompressed(self) -> Target:
+        """The target without compression, which is what a baseline is lowered at."""
+        return dataclasses.replace(self, precision=self.precisions[0])
+
+    @classmethod
+    def load_file(cls, path: Path, threads: int) -> Executable:
+        """Opens a file of the target's format that anybody wrote; only called for names that end in `suffix`.
+
+        Raises:
+            SourceError: It cannot be read.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def describe_file(cls, path: Path) -> dict[str, Any]:
+        """What the target can tell of a file that anybody wrote, as plain data; only called for names that end in `suffix`.
+
+        `operators` counts them by name, `findings` lists `{where, operator, what, why, source}`, `facts` holds anything else.
+
+        Raises:
+            SourceError: It cannot be read.
+        """
+        return {}
 
     def native_operators(self, folder: Path) -> dict[str, int]:
         """Counts the operators in the native files that `lower` wrote, by the target's own names; empty where the format does not tell."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekit.contracts import Arrays, Target
-from edgekit.errors import LoweringError, UnsupportedOpError
+from edgekit.errors import LoweringError, UnsupportedOpError, UsageError
 from edgekit.graph.files import INLINE_LIMIT
 
 _OF_NO_USE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .*?failed:|\S*/onnxruntime/core/\S+:\d+ .*?\) (?=[A-Z])")
@@ -85,6 +85,33 @@ def run_lowered(target: Target, folder: Path, feeds: Sequence[Arrays], threads: 
     """Loads what `lower` wrote and runs it once per feed; also returns what the runtime says of itself."""
     executable = target.load(folder, threads)
     return [executable.run(feed) for feed in feeds], dict(executable.facts)
+
+
+def run_file(target: type[Target], path: Path, feeds: Sequence[Arrays], outputs: Sequence[str], threads: int) -> list[Arrays]:
+    """Runs a file of a target's format that anybody wrote, under the names of the model that it is held against.
+
+    Its inputs and outputs are taken by name, and where the names differ in order.
+
+    Raises:
+        UsageError: It has another number of inputs or outputs.
+    """
+    executable = target.load_file(path, threads)
+    given = _renamed("inputs", list(feeds[0]), executable.inputs, path)
+    back = _renamed("outputs", list(executable.outputs), outputs, path)
+    return [
+        {back[name]: array for name, array in executable.run({given[name]: array for name, array in feed.items()}).items()}
+        for feed in feeds
+    ]
+
+
+def _renamed(kind: str, names: Sequence[str], wanted: Sequence[str], path: Path) -> dict[str, str]:
+    if len(names) != len(wanted):
+        raise UsageError(
+            f"the two models have different {kind}: {', '.join(names)} and {', '.join(wanted)}",
+            where=str(path),
+            fix="compare models of the same interface",
+        )
+    return {name: name for name in names} if set(names) == set(wanted) else dict(zip(names, wanted, strict=True))
 
 
 @dataclass(frozen=True)

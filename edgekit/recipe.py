@@ -34,7 +34,7 @@ class Recipe:
     Attributes:
         model: A zoo name, `timm:NAME`, a file, or `package.module:factory`.
         target: Name of the target, with options in braces where it has some.
-        precision: The precision that the target executes in.
+        precision: The precision that the target executes in; empty: the target's own default.
         passes: Pass specifications in order; None stands for every pass that belongs to the default recipe.
         data: A dataset name, a folder of images, an `.npz`, or `package.module:iterable`; None: seeded noise.
         inputs: Shapes of inputs, such as `x:1,3,224,224`.
@@ -48,7 +48,7 @@ class Recipe:
 
     model: str
     target: str
-    precision: str = "fp32"
+    precision: str = ""
     passes: tuple[str, ...] | None = None
     data: str | None = None
     inputs: tuple[str, ...] = ()
@@ -90,12 +90,13 @@ class Recipe:
         """
         name, options = specs.split_spec(self.target)
         cls = contracts.targets.get(name)
-        if options.get("precision", self.precision) != self.precision and self.precision != "fp32":
+        if self.precision and options.get("precision", self.precision) != self.precision:
             raise RecipeError(
                 f"two precisions are asked for: {self.precision}, and {options['precision']} in '{self.target}'",
                 fix="leave one of them out",
             )
-        return specs.make(cls, {"precision": self.precision, **options}, f"target '{name}'")
+        precision = {"precision": self.precision} if self.precision else {}
+        return specs.make(cls, {**precision, **options}, f"target '{name}'")
 
     def make_passes(self, notes: list[str] | None = None) -> list[Pass]:
         """Makes the passes in order; without `passes`, those of the default recipe.

@@ -47,7 +47,7 @@ def bisect(
     other: str | Path | None = None,
     passes: Sequence[str | Pass] | None = None,
     data: str | Iterable[Any] | None = None,
-    precision: str = "fp32",
+    precision: str = "",
     inputs: Sequence[str] = (),
     weights: str | None = None,
     calibration: int = 8,
@@ -68,7 +68,7 @@ def bisect(
         other: An ONNX file that should compute the same as `model`.
         passes: Passes or their specifications; None: the default recipe.
         data: As `edgekit.compile` takes it.
-        precision: The precision that the target executes in.
+        precision: The precision that the target executes in; empty: the target's own default.
         inputs: Shapes of inputs.
         weights: Weights to load into the module.
         calibration: Number of calibration inputs.

@@ -87,11 +87,15 @@ def compile_command(
     data: Annotated[
         str | None, typer.Option(help="Dataset name, folder of images, FILE.npz, or package.module:iterable. Default: noise.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16, as the target offers. Default: fp32.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16, as the target offers. Default: the target's own.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write. Default: NAME-TARGET.edgekit")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier artifact at --out.")] = False,
     inputs: Inputs = None,
     weights: Weights = None,
+    image_inputs: Annotated[
+        list[str] | None,
+        typer.Option("--image-input", help="Core ML: an input that takes images, NAME:SCALE,BIAS,COLOUR; repeat for more."),
+    ] = None,
     calibration: Annotated[int | None, typer.Option(help="Number of calibration inputs. Default: 8.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Most that approximate passes may cost, in percentage points.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice. Default: 0.")] = None,
@@ -120,6 +124,8 @@ def compile_command(
         "skip": _skips(skip),
     }
     full = _recipe(recipe, {key: value for key, value in given.items() if value is not None})
+    if image_inputs:
+        full = _with_target_option(full, "image_inputs", image_inputs)
     folder = out or Path(f"{_short_name(full.model)}-{full.target.partition('{')[0]}.edgekit")
     with reporting(quiet or as_json) as reporter:
         artifact = run_job(Job(full, timing=Timing(budget_s=seconds)), folder, force=force, reporter=reporter)
@@ -146,6 +152,16 @@ def _recipe(path: Path | None, given: dict[str, Any], command: str = "edgekit co
     return Recipe(**given)
 
 
+def _with_target_option(recipe: Recipe, name: str, value: object) -> Recipe:
+    import dataclasses
+
+    from edgekit.specs import format_value, split_spec
+
+    target, options = split_spec(recipe.target)
+    body = ",".join(f"{key}={format_value(item)}" for key, item in {**options, name: value}.items())
+    return dataclasses.replace(recipe, target=f"{target}{{{body}}}")
+
+
 def _skips(texts: list[str] | None) -> dict[str, tuple[str, ...]] | None:
     from edgekit.recipe import parse_skips
 
@@ -168,7 +184,7 @@ def bisect_command(
     no_passes: Annotated[bool, typer.Option("--no-passes", help="Run no pass at all.")] = False,
     recipe: Annotated[Path | None, typer.Option(help="A recipe.toml; options given beside it win.")] = None,
     data: Annotated[str | None, typer.Option(help="As of compile.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16, as the target offers. Default: fp32.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16, as the target offers. Default: the target's own.")] = None,
     inputs: Inputs = None,
     weights: Weights = None,
     calibration: Annotated[int | None, typer.Option(help="Number of calibration inputs. Default: 8.")] = None,
@@ -223,30 +239,48 @@ def bisect_command(
 @app.command()
 def verify(
     context: typer.Context,
-    artifact: Annotated[Path, typer.Argument(help="The folder of a compile.")],
+    artifact: Annotated[Path, typer.Argument(help="The folder of a compile, or a .mlpackage that anybody wrote.")],
+    against: Annotated[str | None, typer.Option(help="The ONNX model that a .mlpackage is held against.")] = None,
+    data: Annotated[str | None, typer.Option(help="With --against: as of compile. Default: noise.")] = None,
+    inputs: Inputs = None,
+    samples: Annotated[int, typer.Option(help="With --against: number of inputs.", min=1)] = 8,
+    precision: Annotated[str | None, typer.Option(help="With --against: fail beyond the rounding of fp32 or fp16.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Repeat the parity check of an artifact."""
+    """Repeat the parity check of an artifact, or hold anybody's .mlpackage against an ONNX model."""
+    if against is not None:
+        from edgekit.against import verify_against
+
+        with working(quiet or as_json, f"run {artifact.name}"):
+            found = verify_against(artifact, against, data=data, inputs=tuple(inputs or ()), samples=samples, precision=precision or "")
+        return _show_parity(context, f"{artifact} against {against}", found.to_dict(), as_json, quiet)
     from edgekit.artifact import open_artifact
 
     opened = open_artifact(artifact)
     with working(quiet or as_json, "run artifact"):
         parity = opened.verify().to_dict()
+    _show_parity(context, f"{artifact}: artifact against the original, repeated", parity, as_json, quiet)
+    if not as_json and not quiet:
+        from edgekit.cli.parity import parity_tables
+        from edgekit.cli.show import console
+
+        screen = console()
+        screen.print("stored by the compile:", highlight=False)
+        screen.print(parity_tables(opened.report))
+
+
+def _show_parity(context: typer.Context, title: str, parity: dict[str, Any], as_json: bool, quiet: bool) -> None:
     if as_json:
         _print_json(context, parity)
     elif not quiet:
-        from edgekit.cli.parity import parity_tables
         from edgekit.cli.show import console, rows_table
 
         rows = [
             [key, "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)] for key, value in parity.items()
         ]
-        screen = console()
-        screen.print(rows_table(f"{artifact}: artifact against the original, repeated", ["measure", "value"], rows, (1,)))
-        screen.print("stored by the compile:", highlight=False)
-        screen.print(parity_tables(opened.report))
+        console().print(rows_table(title, ["measure", "value"], rows, (1,)))
 
 
 @app.command()
@@ -278,7 +312,7 @@ def profile(
 def inspect(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="Zoo name, timm:NAME, FILE.onnx, FILE.pt2, package.module:factory, or an artifact's folder.")
+        str, typer.Argument(help="Zoo name, timm:NAME, FILE.onnx, FILE.pt2, package.module:factory, an artifact's folder, or X.mlpackage.")
     ],
     inputs: Inputs = None,
     weights: Weights = None,
@@ -305,10 +339,12 @@ def inspect(
                 "--pass, --no-passes, --target, --data and --out belong to a stage", fix="add --stage canonical, PASS or lowered"
             )
         from edgekit.cli.inspect import inspect_model, inspection_table
+        from edgekit.cli.placement import described_file, description_table
 
         with working(quiet or as_json, "inspect"):
-            found = inspect_model(model, inputs or [], weights, top)
-        _show(context, found, inspection_table, as_json, quiet)
+            described = described_file(model)
+            found = described or inspect_model(model, inputs or [], weights, top)
+        _show(context, found, description_table if described else inspection_table, as_json, quiet)
         return
     from edgekit.cli.stage import inspect_stage, stage_table
     from edgekit.recipe import Recipe
