@@ -9,10 +9,10 @@ demo: .venv/.run
 	$(BIN)/edgekit compile mobileone_digits --target openvino --data digits --force
 
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: .venv/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 fuzz: .venv/.test
 	$(BIN)/python -m tests.fuzz --runs 2000

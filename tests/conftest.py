@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: on tiny tensors threads cost more than they gain
+
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +16,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, settings
 from onnx import numpy_helper
 
 from edgekit.isolation import Worker
+
+settings.register_profile("edgekit", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("edgekit")
 
 TINY = """
 <ir_version: 10, opset_import: ["" : 18]>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -435,6 +436,7 @@ def _print_json(context: typer.Context, value: Any) -> None:
 
 def main() -> None:
     """Runs the command line; every error that bad input can cause ends in a message and an exit code of its own."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `edgekit.isolation`; read when PyTorch is imported
     session = Session()
     try:
         app(obj=session)  # exits by itself: 0, 2 on a wrong command line, 130 when interrupted

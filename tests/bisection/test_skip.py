@@ -49,8 +49,8 @@ def test_wrong_tables(lines: str, says: str, tmp_path: Path) -> None:
 
 
 def test_wrong_names(tiny: Path) -> None:
-    with pytest.raises(RecipeError, match="did you mean 'fold-batch-norm'"):
-        edgekit.compile(tiny, target="onnxruntime", skip=["fold-batchnorm:x"])
+    with pytest.raises(RecipeError, match="did you mean 'reparameterize'"):
+        edgekit.compile(tiny, target="onnxruntime", skip=["reparametrize:x"])
     for text in ("fold-batch-norm", ":x", "fold-batch-norm:"):
         with pytest.raises(RecipeError, match="PASS:PLACE"):
             parse_skips([text])
@@ -84,7 +84,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (("--min-sqnr", "-3"), "not a number of decibels"),
-        (("--skip", "merge-branch:x"), "did you mean 'merge-branches'"),
+        (("--skip", "reparametrise:x"), "did you mean 'reparameterize'"),
         (("other.pt",), "not an .onnx file"),
         (("other.onnx", "--target", "openvino"), "compared as they are"),
         (("--target", "openvin"), "did you mean 'openvino'"),

@@ -260,6 +260,8 @@ class Branches(nn.Module):
         super().__init__()
         self.wide, self.narrow = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.Conv2d(6, 6, 1, bias=False)
         self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(3))
+        for norm in self.norms:
+            nn.init.ones_(norm.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norms[0](self.wide(x)) + self.norms[1](self.narrow(x)) + self.norms[2](x)

@@ -75,7 +75,7 @@ def folded(build, run, assert_equal_up_to_rounding):
 
 
 def test_declaration():
-    assert (FoldBatchNorm.name, FoldBatchNorm.effect, FoldBatchNorm.default_order) == ("fold-batch-norm", Effect.EXACT, 10)
+    assert (FoldBatchNorm.name, FoldBatchNorm.effect, FoldBatchNorm.default_order) == ("fold-batch-norm", Effect.EXACT, None)
 
 
 def test_conv(folded, arrays, rng):

@@ -102,7 +102,7 @@ def refused(build, used):
 
 
 def test_declaration():
-    assert (MergeBranches.name, MergeBranches.effect, MergeBranches.default_order) == ("merge-branches", Effect.EXACT, 20)
+    assert (MergeBranches.name, MergeBranches.effect, MergeBranches.default_order) == ("merge-branches", Effect.EXACT, None)
 
 
 def test_3x3_and_1x1_and_batch_norm_of_the_source(merged):
