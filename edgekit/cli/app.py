@@ -95,7 +95,7 @@ def compile_command(
     weights: Weights = None,
     image_inputs: Annotated[
         list[str] | None,
-        typer.Option("--image-input", help="Core ML: an input that takes images, NAME:SCALE,BIAS,COLOUR; repeat for more."),
+        typer.Option("--image-input", help="Core ML: an input of images, NAME:SCALE,BIAS,COLOUR; repeatable."),
     ] = None,
     calibration: Annotated[int | None, typer.Option(help="Number of calibration inputs. Default: 8.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Most that approximate passes may cost, in percentage points.")] = None,

@@ -22,8 +22,15 @@ def described_file(model: str) -> dict[str, Any] | None:
     """
     from edgekit.against import target_of
 
-    target = target_of(Path(model))
-    return None if target is None else {"file": model, **target.describe_file(Path(model))}
+    path = Path(model)
+    target = target_of(path)
+    if target is None:
+        return None
+    from edgekit.evaluate import in_worker
+    from edgekit.isolation import Worker
+
+    with Worker() as worker:  # native code reads a file that anybody wrote
+        return {"file": model, **in_worker(worker, f"read {path.name}", target.describe_file, path)}
 
 
 def description_table(found: dict[str, Any]) -> RenderableType:

@@ -79,6 +79,9 @@ def palettize(array: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """
     count = 1 << bits
     flat = np.sort(array.astype(np.float64).ravel())
+    distinct = flat[np.concatenate([[True], np.diff(flat) > 0])]
+    if distinct.size <= count:  # kept exactly
+        return np.searchsorted(distinct, array.astype(np.float64)).astype(np.uint8), np.pad(distinct, (0, count - distinct.size), mode="edge")
     sums = np.concatenate([[0.0], np.cumsum(flat)])
     centres = _first_centres(flat, count)
     for _ in range(_ITERATIONS):
@@ -93,9 +96,9 @@ def palettize(array: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _first_centres(flat: np.ndarray, count: int) -> np.ndarray:
-    density, edges = np.histogram(flat, bins=min(4096, max(16, flat.size // 4)))
-    mass = np.concatenate([[0.0], np.cumsum(np.cbrt(density))])
-    found: np.ndarray = np.interp((np.arange(count) + 0.5) / count * mass[-1], mass, edges)
+    quantiles = np.quantile(flat, np.linspace(0, 1, min(1024, max(4 * count, flat.size // 16)) + 1))
+    mass = np.concatenate([[0.0], np.cumsum(np.diff(quantiles) ** (2 / 3))])  # density^(1/3) dx, the density being 1 / dx between quantiles
+    found: np.ndarray = np.interp((np.arange(count) + 0.5) / count * mass[-1], mass, quantiles)
     return found
 
 

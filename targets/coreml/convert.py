@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from edgekit.errors import EdgekitError, LoweringError, UnsupportedOpError, nearest
 from edgekit.graph.shapes import static_shape
+from edgekit.targets.coreml.biases import DOMAIN
 from edgekit.targets.coreml.compression import Storage
 from edgekit.targets.coreml.interface import Interface, Port, Wishes, describe
 from edgekit.targets.coreml.lowering import OPERATORS
@@ -110,18 +111,26 @@ def lower_nodes(graph: ir.Graph, lowering: Lowering, options: Options, kept: set
     for node in graph:
         lowering.node = node
         lowering.half = _is_half(node, options, kept)
-        function = OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        function = OPERATORS.get(node.op_type) if node.domain in ("", "ai.onnx", DOMAIN) else None
         if function is None:
             label = node.op_type if not node.domain else f"{node.domain}.{node.op_type}"
             raise UnsupportedOpError(
                 f"Core ML has no lowering for the operator '{label}'", where=lowering.where, fix=nearest(node.op_type, OPERATORS)
             )
-        results = function(lowering, node)
+        results = _all_empty(node) or function(lowering, node)
         results = results if isinstance(results, (tuple, list)) else (results,)
         for value, result in zip(node.outputs, results, strict=False):
             _check(value, result, lowering)
             lowering.values[value] = result
     lowering.node = None
+
+
+def _all_empty(node: ir.Node) -> tuple[np.ndarray, ...]:
+    """The results of a node whose results have no elements: there is nothing to compute."""
+    shapes = [static_shape(output) for output in node.outputs]
+    if not all(shape is not None and 0 in shape and output.dtype is not None for shape, output in zip(shapes, node.outputs, strict=True)):
+        return ()
+    return tuple(np.zeros(shape or (), output.dtype.numpy()) for shape, output in zip(shapes, node.outputs, strict=True) if output.dtype)
 
 
 def _is_half(node: ir.Node, options: Options, kept: set[ir.Node]) -> bool:

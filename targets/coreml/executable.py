@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from edgekit.contracts import Arrays, Executable
 from edgekit.errors import LoweringError, UsageError
 from edgekit.graph.feeds import check_feeds
-from edgekit.targets.coreml.interface import METADATA, Interface, Port
+from edgekit.targets.coreml.interface import METADATA, NEEDS, Interface, Port
 from edgekit.targets.coreml.reference.evaluator import Evaluator
 from edgekit.targets.coreml.reference.package import Package, open_package
 from edgekit.targets.coreml.reference.types import numpy_dtype
@@ -73,7 +74,7 @@ class CoreMlExecutable(Executable):
         self._runner = _Runner(package, threads)
         self._interface = interface
         self._declared = {port.onnx: (np.dtype(port.onnx_dtype), () if port.scalar else port.shape) for port in interface.inputs}
-        self.facts = self._runner.facts
+        self.facts = self._runner.facts | _needs(package)
         self.inputs, self.outputs = tuple(self._declared), tuple(port.onnx for port in interface.outputs)
 
     def run(self, inputs: Arrays) -> Arrays:
@@ -91,6 +92,14 @@ class CoreMlExecutable(Executable):
         return {
             port.onnx: _from_port(states[port.name] if port.state else _result(results, port), port) for port in self._interface.outputs
         }
+
+
+def _needs(package: Package) -> dict[str, str]:
+    """For which deployment target the package is written, and which operators asked for it."""
+    needs = json.loads(package.spec.description.metadata.userDefined.get(NEEDS) or "{}")
+    facts = {"deployment_target": needs["deployment_target"]} if needs else {}
+    reasons = needs.get("needed_by", {}).get(needs.get("deployment_target", ""), [])
+    return facts | ({"needed_by": "; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "")} if reasons else {})
 
 
 class ForeignExecutable(Executable):

@@ -203,7 +203,11 @@ def _as_classes(outputs: list[Port], labels: tuple[str, ...]) -> Port:
 def _port(value: ir.Value, lowering: Lowering, kind: str) -> Port:
     shape, dtype, name = static_shape(value), value.dtype, value.name or ""
     where = f"{kind} '{name}'"
-    if shape is None or dtype is None or not isinstance(value.type, ir.TensorType):
+    if value.type is not None and not isinstance(value.type, ir.TensorType):
+        raise UnsupportedOpError(
+            f"Core ML has no {kind}s that are sequences, optional or sparse", where=where, fix=f"make each tensor an {kind} of its own"
+        )
+    if shape is None or dtype is None:
         raise UnsupportedOpError(f"Core ML needs the shape and type of every {kind}", where=where, fix="pin the input shapes")
     if len(shape) > 5:
         raise UnsupportedOpError(

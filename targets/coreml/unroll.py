@@ -7,7 +7,7 @@ remains carries values of fixed shapes, or is refused when it is lowered (`lower
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from edgekit.targets.coreml.unroll_count import MAX_ITERATIONS, known_scalar, tr
 MAX_NODES = 100_000
 """No graph becomes larger by this."""
 _CONTROL = frozenset({"If", "Loop", "Scan"})
+_RANDOM = frozenset({"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"})
 _SMALL_BYTES = 1024
 
 
@@ -174,7 +175,9 @@ class _Unroller:
 
     def _write_branch(self, node: ir.Node, branch: ir.Graph) -> int:
         _move_initializers(branch, node, self._editor)
-        self._replace(node, self._copy(node, branch, {}, ""))
+        values: dict[ir.Value, ir.Value | None] = {}
+        self._copy(node, branch, values, "")
+        self._replace(node, [values.get(result) or result for result in branch.outputs])
         return 1
 
     def _write_loop(self, node: ir.Node, count: int) -> None:
@@ -184,12 +187,16 @@ class _Unroller:
         if count == 0 and any(output.uses() or output.is_graph_output() for output in node.outputs[carried:]):
             raise _refuse(node, "that never runs and whose stacked results are read: they are empty", "remove what reads them")
         _move_initializers(body, node, self._editor)
+        fixed = _same_in_all(body)
+        shared: dict[ir.Value, ir.Value | None] = {}
+        self._copy(node, [inner for inner in body if inner in fixed], shared, "")
         state = list(steps.initial)
         stacked: list[list[ir.Value]] = [[] for _ in steps.stacks]
         for iteration in range(count):
             inputs = [*self._heads(node, body, iteration), *state, *self._slices(node, steps, iteration, count)]
-            given = {value: new for value, new in zip(body.inputs, inputs, strict=True) if new is not None}
-            results = self._copy(node, body, given, f"/{iteration}")
+            values = shared | dict(zip(body.inputs, inputs, strict=True))
+            self._copy(node, [inner for inner in body if inner not in fixed], values, f"/{iteration}")
+            results = [values.get(result) or result for result in body.outputs]
             results = results[1:] if node.op_type == "Loop" else results
             state = results[:carried]
             for column, result in zip(stacked, results[carried:], strict=True):
@@ -240,10 +247,10 @@ class _Unroller:
         _graph_of(node).insert_before(node, new)
         return new.outputs[0]
 
-    def _copy(self, node: ir.Node, body: ir.Graph, given: dict[ir.Value, ir.Value], label: str) -> list[ir.Value]:
-        """Writes the nodes of a body before `node`, on other values in the place of its inputs; returns its results.
+    def _copy(self, node: ir.Node, inside: Iterable[ir.Node], values: dict[ir.Value, ir.Value | None], label: str) -> None:
+        """Writes nodes from inside `node` before it. `values` says what stands for a value there; what is made anew is added to it.
 
-        Their shapes are inferred anew: what a loop carries may grow.
+        Shapes are inferred anew: what a loop carries may grow.
         """
 
         def name_copy(copy: ir.Node) -> None:
@@ -253,12 +260,10 @@ class _Unroller:
                     output.name = self._editor.unique_name(f"{node.name}{label}/{output.name}")
                 output.shape = None
 
-        values: dict[ir.Value, ir.Value | None] = dict(given)
         cloner = _cloner.Cloner(
             attr_map={}, value_map=values, metadata_props=dict(node.metadata_props), post_process=name_copy, allow_outer_scope_values=True
         )
-        _graph_of(node).insert_before(node, [cloner.clone_node(inner) for inner in body])
-        return [values.get(result) or result for result in body.outputs]
+        _graph_of(node).insert_before(node, [cloner.clone_node(inner) for inner in inside])
 
     def _replace(self, node: ir.Node, results: Sequence[ir.Value]) -> None:
         for output, result in zip(node.outputs, results, strict=False):
@@ -268,6 +273,27 @@ class _Unroller:
                 self._editor.replace_value(output, result)
         _dissolve(node)
         _graph_of(node).remove(node, safe=True)
+
+
+def _same_in_all(body: ir.Graph) -> set[ir.Node]:
+    """The nodes of a body that give the same in all iterations, such as the dequantization of a weight: one copy is enough."""
+    varies = set(body.inputs)
+    fixed: set[ir.Node] = set()
+    for node in body:
+        if varies.isdisjoint(_read(node)) and node.op_type not in _RANDOM:
+            fixed.add(node)
+        else:
+            varies.update(node.outputs)
+    return fixed
+
+
+def _read(node: ir.Node) -> Iterator[ir.Value | None]:
+    """What a node and the graphs inside it read."""
+    yield from node.inputs
+    for graph in subgraphs(node):
+        yield from graph.outputs
+        for inner in graph:
+            yield from _read(inner)
 
 
 def _graph_of(node: ir.Node) -> ir.Graph:

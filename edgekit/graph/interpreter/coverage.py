@@ -131,19 +131,25 @@ def _check(case: Any) -> None:
     """
     model = ir.from_proto(case.model)
     for given, expected in case.data_sets:
-        inputs = {formal.name: _array(value) for formal, value in zip(case.model.graph.input, given, strict=True)}
+        inputs = {formal.name: array(value) for formal, value in zip(case.model.graph.input, given, strict=True)}
         results = run(model, inputs)
         for formal, want in zip(case.model.graph.output, expected, strict=True):
-            _compare(results[formal.name], _array(want), case.rtol, case.atol)
+            compare(results[formal.name], array(want), case.rtol, case.atol)
 
 
-def _array(value: Any) -> Any:
+def array(value: Any) -> Any:
+    """What a test gives or expects, as numpy arrays and lists of them."""
     if isinstance(value, onnx.TensorProto):
         return numpy_helper.to_array(value)
-    return [_array(item) for item in value] if isinstance(value, list) else value
+    return [array(item) for item in value] if isinstance(value, list) else value
 
 
-def _compare(got: Any, want: Any, rtol: float, atol: float) -> None:
+def compare(got: Any, want: Any, rtol: float, atol: float) -> None:
+    """Holds a result to the expected one, integers and booleans exactly.
+
+    Raises:
+        AssertionError: They differ.
+    """
     if want is None:
         if got is not None:
             raise AssertionError(f"got {type(got).__name__}, want none")
@@ -152,7 +158,7 @@ def _compare(got: Any, want: Any, rtol: float, atol: float) -> None:
         if not isinstance(got, list) or len(got) != len(want):
             raise AssertionError(f"want a sequence of {len(want)}")
         for have, item in zip(got, want, strict=True):
-            _compare(have, item, rtol, atol)
+            compare(have, item, rtol, atol)
         return
     want = np.asarray(want)
     if got.dtype != want.dtype or got.shape != want.shape:

@@ -162,6 +162,8 @@ class Lowering:
     def _constant(self, array: np.ndarray, name: str) -> Any:
         from coremltools.converters.mil.mil import Builder as mb
 
+        if array.size == 0:
+            raise self.refuse("an operator that reads an empty tensor", "remove the node")
         key = (id(array), self.float_name)
         if key not in self._constants:
             _, compressed = self.quantized.get(id(array), (None, None))

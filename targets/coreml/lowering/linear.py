@@ -45,6 +45,12 @@ def _matmul(b: Lowering, node: ir.Node) -> Any:
     return b.op("squeeze", x=product, axes=[axis + len(product.shape) for axis in added]) if added else product
 
 
+def _linear(b: Lowering, node: ir.Node) -> Any:
+    """The product and bias that `biases.fuse_biases` put together."""
+    weight, bias = b.need_known(node, 1, "weight"), b.need_known(node, 2, "bias")
+    return b.op("linear", x=b.x(node), weight=b.var(transposed(b, weight), node.inputs[1].name or ""), bias=bias)  # type: ignore[union-attr]
+
+
 def _gemm(b: Lowering, node: ir.Node) -> Any:
     _need_numbers(b, node)
     alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
@@ -205,4 +211,5 @@ def _arranged(b: Lowering, term: _Term, order: list[str], among: list[str] | Non
     return x if among is None else _reshaped(b, x, [term.size(label) for label in among])
 
 
-TABLE = {"Einsum": _einsum, "Gemm": _gemm, "MatMul": _matmul}
+TABLE = {"Einsum": _einsum, "Gemm": _gemm, "Linear": _linear, "MatMul": _matmul}
+"""Linear is of the domain `edgekit.coreml`, see `biases`."""

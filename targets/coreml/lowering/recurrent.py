@@ -32,7 +32,7 @@ class _Cell:
         rb: Bias of the hidden state.
         p: Peepholes of LSTM; None: none.
         functions: Activations, in ONNX's order.
-        clip: Bound of what activations read; 0: none.
+        clip: Bound of what activations read, of GRU and RNN; 0: none.
         coupled: LSTM's input_forget.
         reset_after: GRU's linear_before_reset.
     """
@@ -84,6 +84,10 @@ def _lower(b: Lowering, node: ir.Node, kind: _Kind) -> Any:
     if not b.at_least("iOS17"):
         b.half = False  # MIL's recurrent operators take float16 from iOS17 on
     cells = _cells(b, node, kind)
+    if kind is _LSTM and cells[0].clip:
+        raise b.refuse(
+            "LSTM with clip: ONNX's text bounds what every activation reads, ONNX Runtime all but the cell state", "leave clip out"
+        )
     by_batch = bool(node.attributes.get_int("layout", 0))
     x = b.op("transpose", x=b.x(node), perm=[1, 0, 2]) if by_batch else b.x(node)
     _need_full_sequences(b, node, int(x.shape[0]), int(x.shape[1]))

@@ -108,7 +108,8 @@ def _kernel(rule: Rule, distance: np.ndarray) -> np.ndarray:
     """The weight of an element at a distance."""
     d = np.abs(distance)
     if rule.mode == "linear":
-        return np.maximum(1 - d, 0)
+        triangle: np.ndarray = np.maximum(1 - d, 0)
+        return triangle
     a = rule.cubic_a
     inner = (a + 2) * d**3 - (a + 3) * d**2 + 1
     outer = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit.targets.coreml.lowering.builder import Lowering
-from edgekit.targets.coreml.lowering.layout import axis_of, expand_dims, read_indices, refuser, through_int
+from edgekit.targets.coreml.lowering.layout import axis_of, expand_dims, nonnegative, read_indices, reshape, spread, through_int
 
 _MODES = {"none": "update", "add": "add", "mul": "mul", "max": "max", "min": "min"}
 """MIL's mode by ONNX's reduction."""
@@ -52,10 +52,30 @@ def _scatter_nd(b: Lowering, node: ir.Node) -> Any:
     return through_int(b, lambda into, new: b.op("scatter_nd", data=into, indices=indices, updates=new, mode=mode), b.x(node), b.x(node, 2))
 
 
+def _tensor_scatter(b: Lowering, node: ir.Node) -> Any:
+    """Updates of a cache: those of each sequence of the batch go to consecutive places from where write_indices says."""
+    shape, written = b.shape(node), b.shape(node, 1)
+    axis, mode = node.attributes.get_int("axis", -2) % len(shape), node.attributes.get_string("mode", "linear")
+    if axis == 0 or mode not in ("linear", "circular"):
+        raise b.refuse(f"TensorScatter with axis {axis} and mode '{mode}'", "use an axis after the batch, mode linear or circular")
+    first: Any = np.zeros(shape[0], np.int64) if not b.has(node, 2) else b.known(node, 2)
+    steps = np.arange(written[axis]).reshape([-1 if at == axis else 1 for at in range(len(shape))])
+    by_batch = [shape[0], *[1] * (len(shape) - 1)]
+    if first is not None:
+        places: Any = np.broadcast_to(first.reshape(by_batch) + steps, written)
+        indices: Any = places % shape[axis] if mode == "circular" else nonnegative(b, places, shape[axis])
+    else:
+        places = b.op("add", x=reshape(b, b.x(node, 2), by_batch), y=steps)
+        indices = spread(b, b.op("mod", x=places, y=shape[axis]) if mode == "circular" else places, written)
+    return through_int(
+        b, lambda into, new: b.op("scatter_along_axis", data=into, indices=indices, updates=new, axis=axis, mode="update"), b.x(node), b.x(node, 1)
+    )
+
+
 TABLE = {
     "Scatter": _scatter_elements,
     "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,
-    "TensorScatter": refuser("TensorScatter", "write it as a ScatterND"),
+    "TensorScatter": _tensor_scatter,
 }
 """By ONNX operator."""

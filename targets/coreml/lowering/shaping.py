@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgekit.graph.constants import constant_array
 from edgekit.targets.coreml.lowering.builder import Lowering
-from edgekit.targets.coreml.lowering.layout import axis_of, expand_dims, is_bool, is_float, reshape, spread, tile, transpose
+from edgekit.targets.coreml.lowering.layout import axis_of, expand_dims, is_bool, is_float, out_dtype, reshape, spread, tile, transpose
 from edgekit.targets.coreml.lowering.slicing import pad
 
 
@@ -70,11 +70,10 @@ def _concat(b: Lowering, node: ir.Node) -> Any:
 def _split(b: Lowering, node: ir.Node) -> Any:
     x, axis = b.x(node), axis_of(node, b.rank(node))
     sizes = _split_sizes(b, node, axis)
-    if 0 in sizes:
-        raise b.refuse("an empty tensor", "remove the empty parts of the Split")
-    if len(sizes) == 1:
-        return x
-    return tuple(b.op("split", x=x, split_sizes=sizes, axis=axis))
+    filled = [size for size in sizes if size]
+    parts = iter([x] if len(filled) == 1 else b.op("split", x=x, split_sizes=filled, axis=axis))
+    empty = np.zeros([0 if at == axis else size for at, size in enumerate(b.shape(node))], out_dtype(node))
+    return tuple(next(parts) if size else empty for size in sizes)
 
 
 def _split_sizes(b: Lowering, node: ir.Node, axis: int) -> list[int]:

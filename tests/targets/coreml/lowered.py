@@ -11,17 +11,20 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from edgekit.targets.coreml.compression import Storage
 from edgekit.targets.coreml.convert import Converted, Options, convert
 from edgekit.targets.coreml.executable import load_package
-from edgekit.targets.coreml.interface import METADATA
+from edgekit.targets.coreml.interface import METADATA, Wishes
 from edgekit.targets.coreml.legalize import legalize
 
 
-def lower(model: onnx.ModelProto, half: bool = False, version: str = "") -> Converted:
+def lower(
+    model: onnx.ModelProto, half: bool = False, version: str = "", storage: Storage | None = None, wishes: Wishes | None = None
+) -> Converted:
     """Legalizes and converts a model whose shapes are static."""
     graph = ir.from_proto(model)
     legalize(graph)
-    return convert(graph, Options(half, version))
+    return convert(graph, Options(half, version, storage, wishes or Wishes()))
 
 
 def run(converted: Converted, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

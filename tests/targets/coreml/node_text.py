@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnxruntime
+
 from edgekit.targets.coreml.convert import Converted
 from tests.targets.coreml.lowered import lower, run
 

@@ -32,12 +32,13 @@ def execute(proto: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, 
 
 def written_out(proto: onnx.ModelProto, inputs: dict[str, np.ndarray], left: int = 0) -> ir.Model:
     """The model after `unroll`, which computes the same and has `left` nodes with graphs inside."""
+    expected = execute(proto, inputs)
     graph = ir.from_proto(proto)
     assert unroll(graph) > 0
     after = ir.to_proto(graph)
     onnx.checker.check_model(after, full_check=True)
     assert sum(node.op_type in ("If", "Loop", "Scan") for node in graph.graph.all_nodes()) == left
-    got, expected = execute(after, inputs), execute(proto, inputs)
+    got = execute(after, inputs)
     assert list(got) == list(expected)
     for name, array in expected.items():
         np.testing.assert_array_equal(got[name], array, err_msg=name)
@@ -46,7 +47,16 @@ def written_out(proto: onnx.ModelProto, inputs: dict[str, np.ndarray], left: int
     return graph
 
 
-def loop(body: str, more: str = "", call: str = "(n, yes, x)", outputs: str = "y", types: str = "float[2] y", before: str = "", **constants: object) -> onnx.ModelProto:
+def loop(
+    body: str,
+    more: str = "",
+    call: str = "(n, yes, x)",
+    outputs: str = "y",
+    types: str = "float[2] y",
+    before: str = "",
+    **constants: object,
+) -> onnx.ModelProto:
+    """A model with one Loop, three times by default, that carries a vector."""
     constants = {"n": np.int64(3), "yes": np.True_, **constants}
     return model(f"g (float[2] x) => ({types}) {{ {before} {outputs} = {COUNTING.format(more=more, body=body)} {call} }}", **constants)
 
@@ -111,11 +121,18 @@ def test_results_of_iterations_are_stacked_and_captures_and_initializers_are_sha
     written_out(proto, {"x": X})
 
 
+def test_what_is_the_same_in_all_iterations_is_computed_once():
+    body = "go_on = Identity(go) f = DequantizeLinear(w, scale) m = Mul(f, x) h1 = Add(h, m)"
+    graph = written_out(loop(body, w=np.array([3, -5], np.int8), scale=np.float32(0.5)), {"x": X})
+    assert [node.op_type for node in graph.graph] == ["DequantizeLinear", "Mul", "Add", "Add", "Add"]
+
+
 def test_a_value_that_grows_gets_its_shapes_anew():
     proto = model(
         """g (float[1,2] x) => (float[N,2] y) {
         y = Loop <body = b (int64 i, bool go, float[M,2] h) => (bool go_on, float[K,2] h1) {
-            go_on = Identity(go) d = Shape <start=0, end=1> (h) f = Cast<to=1>(d) m = Mul(h, f) h1 = Concat<axis=0>(m, h) }> (n, yes, x) }""",
+            go_on = Identity(go)
+            d = Shape <start=0, end=1> (h) f = Cast<to=1>(d) m = Mul(h, f) h1 = Concat<axis=0>(m, h) }> (n, yes, x) }""",
         n=np.int64(3), yes=np.True_,
     )  # fmt: skip
     graph = written_out(proto, {"x": X[None]})
@@ -145,7 +162,8 @@ def test_a_branch_that_a_constant_chooses_in_an_iteration():
 
 def test_a_dynamic_branch_keeps_its_own_copy_in_each_iteration():
     body = """go_on = Identity(go) s = ReduceSum<keepdims=0>(h) up = Greater(s, limit)
-        h1 = If (up) <then_branch = t () => (float[2] a) { f = Cast<to=1>(i) a = Add(h, f) }, else_branch = e () => (float[2] b) { b = Mul(h, w) }>"""
+        h1 = If (up) <then_branch = t () => (float[2] a) { f = Cast<to=1>(i) a = Add(h, f) },
+            else_branch = e () => (float[2] b) { b = Mul(h, w) }>"""
     written_out(loop(body, limit=np.float32(0), w=X), {"x": X}, left=3)
 
 
@@ -153,18 +171,22 @@ def test_a_loop_inside_a_dynamic_branch():
     proto = model(
         """g (bool up, float[2] x) => (float[2] y) {
         y = If (up) <then_branch = t () => (float[2] a) {
-            a = Loop <body = b (int64 i, bool go, float[2] h) => (bool go_on, float[2] h1) { go_on = Identity(go) h1 = Mul(h, x) }> (n, yes, x) },
+            a = Loop <body = b (int64 i, bool go, float[2] h) => (bool go_on, float[2] h1) {
+                go_on = Identity(go) h1 = Mul(h, x) }> (n, yes, x) },
             else_branch = e () => (float[2] b) { b = Neg(x) }> }""",
         n=np.int64(3), yes=np.True_,
     )  # fmt: skip
     for up in (True, False):
-        written_out(proto, {"x": X, "up": np.array(up)}, left=1)
+        copy = onnx.ModelProto()
+        copy.CopyFrom(proto)
+        written_out(copy, {"x": X, "up": np.array(up)}, left=1)
 
 
 def test_values_that_pass_through_and_graph_outputs_keep_their_names():
     proto = model(
         """g (float[2] x) => (float[2] y, float[2] z, float[2] w) {
-        y, z, w = Loop <body = b (int64 i, bool go, float[2] p, float[2] q, float[2] r) => (bool go_on, float[2] q2, float[2] p2, float[2] r2) {
+        y, z, w = Loop <body = b (int64 i, bool go, float[2] p, float[2] q, float[2] r)
+            => (bool go_on, float[2] q2, float[2] p2, float[2] r2) {
             go_on = Identity(go) q2 = Identity(q) p2 = Identity(p) r2 = Identity(c) }> (n, yes, x, c, x) }""",
         n=np.int64(3), yes=np.True_, c=X + 1,
     )  # fmt: skip
@@ -197,11 +219,12 @@ def test_a_scan_without_states_and_with_defaults():
     assert graph.graph.outputs[0].name == "y"
 
 
+STACKED = ("go_on = Identity(go) h1 = Add(h, h) e = Identity(h)", ", float[2] e")
 REFUSED = {
-    "never runs": loop("go_on = Identity(go) h1 = Add(h, h) e = Identity(h)", ", float[2] e", outputs="y, e2", types="float[2] y, float[0,2] e2", n=np.int64(0)),
-    "more than 1000 iterations": loop("go_on = Identity(go) h1 = Add(h, h) e = Identity(h)", ", float[2] e", outputs="y, e2", types="float[2] y, float[M,2] e2", n=np.int64(1001)),
+    "never runs": loop(*STACKED, outputs="y, e2", types="float[2] y, float[0,2] e2", n=np.int64(0)),
+    "more than 1000 iterations": loop(*STACKED, outputs="y, e2", types="float[2] y, float[M,2] e2", n=np.int64(1001)),
     "when written out": loop("go_on = Identity(go) h1 = Add(h, h)", n=np.int64(1000)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reason", REFUSED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,7 @@ BOUNDS = [(-1.0, 1.0), (0.0, 6.0), (1.0, -1.0), (0.5, 0.5), (-np.inf, 1.0), (-2.
 @pytest.mark.parametrize(("low", "high"), BOUNDS)
 @pytest.mark.parametrize("version", ["iOS15", "iOS17"])
 def test_clip_between_constants_and_computed_bounds(low: float, high: float, version: str) -> None:
-    bounds = {"low": np.float32(low), "high": np.float32(high)}
+    bounds: dict[str, Any] = {"low": np.float32(low), "high": np.float32(high)}
     expressions = ["Clip(x, low, high)", "Clip(x, low)", "Clip(x, , high)", "Clip(x, least, most)", "Clip(x, low, most)"]
     computed = {"least": np.asarray(low, np.float32), "most": np.asarray(high, np.float32)}
     check_all(expressions, {"x": values(3, 4), **computed}, version=version, **bounds)

@@ -80,13 +80,13 @@ def test_floats_with_broadcast(shapes: tuple[tuple[int, ...], tuple[int, ...]]) 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_variadic_operators(count: int, dtype: type) -> None:
+def test_variadic_operators(count: int, dtype: Any) -> None:
     inputs = {f"x{index}": values(*shape, seed=index).astype(dtype) for index, shape in enumerate([(2, 3), (3,), (2, 1), ()][:count])}
     check_all([f"{name}({', '.join(inputs)})" for name in VARIADIC], inputs, tolerance=0.002 if dtype == np.float16 else 0.0)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_integers_wrap_and_divide_as_onnx_defines(dtype: type) -> None:
+def test_integers_wrap_and_divide_as_onnx_defines(dtype: Any) -> None:
     x, y = _integers(dtype, 50), _integers(dtype, 50, seed=1)
     y[y == 0] = 3
     signed = ["Abs(x)", "Sign(x)"]
@@ -130,7 +130,7 @@ def test_other_powers() -> None:
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_bits(dtype: type) -> None:
+def test_bits(dtype: Any) -> None:
     x, y = _integers(dtype, 2, 3, 5), _integers(dtype, 5, seed=1)
     if np.iinfo(dtype).bits == 32:
         x[0, 0] = [np.iinfo(dtype).min, np.iinfo(dtype).max, -1, 0, 1]
@@ -143,7 +143,7 @@ def test_bits(dtype: type) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int8, np.int32])
 @pytest.mark.parametrize("direction", ["LEFT", "RIGHT"])
-def test_shifts(dtype: type, direction: str) -> None:
+def test_shifts(dtype: Any, direction: str) -> None:
     bits = np.iinfo(dtype).bits
     x = _integers(dtype, 4, bits)
     by = np.arange(bits).astype(dtype)
@@ -173,7 +173,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("source", NAMES)
-def test_casts_between_all_types(source: type) -> None:
+def test_casts_between_all_types(source: Any) -> None:
     x = np.asarray([0, 1, 2, 3.75, 100, 120.5]).astype(source)
     check_all([f"Cast<to: int = {number}>(x)" for number in NAMES.values()], {"x": x})
 

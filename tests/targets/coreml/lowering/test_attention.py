@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from edgekit.errors import UnsupportedOpError
 from tests.targets.coreml.lowered import check, lower
 from tests.targets.coreml.node_text import floats, model_of, of_shape, text
@@ -43,7 +44,9 @@ def test_attention(name: str, version: str, constant: bool) -> None:
     if constant and "m" not in arrays:
         pytest.skip("it has no mask")
     inputs = {key: array for key, array in arrays.items() if not (constant and key == "m")}
-    declared = ", ".join(f"{of_shape(array.shape).replace('float', array.dtype.name.replace('32', ''))} {key}" for key, array in inputs.items())
+    declared = ", ".join(
+        f"{of_shape(array.shape).replace('float', array.dtype.name.replace('32', ''))} {key}" for key, array in inputs.items()
+    )
     model = text(f"y = Attention<{attributes}>({', '.join(arrays)})", declared)
     converted = check(model, inputs, version=version, **({"m": arrays["m"]} if constant else {}))
     assert converted.version == (version or "iOS15")
@@ -61,8 +64,13 @@ def test_past_and_present(version: str) -> None:
 def test_intermediate_results(mode: int) -> None:
     arrays = arrays_of({"m": floats(3, 5, seed=8)})
     declared = ", ".join(f"{of_shape(array.shape)} {key}" for key, array in arrays.items())
-    call = f"Attention<qk_matmul_output_mode = {mode}, softcap = 2.0>(q, k, v, m)"
-    check(text(f"y, nk, nv, s = {call}", declared, "float[] y, float[] nk, float[] nv, float[] s"), arrays, version="iOS18")
+    cap = ", softcap = 2.0" if mode else ""  # mode 0 is before the cap, unlike ONNX's reference
+    call = f"Attention<qk_matmul_output_mode = {mode}{cap}>(q, k, v, m)"
+    check(
+        text(f"y, nk, nv, s = {call}", declared, "float[] y, float[2,4,5,8] nk, float[2,4,5,6] nv, float[2,4,3,5] s"),
+        arrays,
+        version="iOS18",
+    )
 
 
 @pytest.mark.parametrize("version", ["", "iOS18"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def _booleans(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int32, np.int64, np.uint8, np.int8])
-def test_comparisons_with_broadcast(dtype: type) -> None:
+def test_comparisons_with_broadcast(dtype: Any) -> None:
     rng = np.random.default_rng(0)
     x, y = (rng.integers(0, 3, shape).astype(dtype) for shape in ((2, 3, 4), (3, 1)))
     check_all(COMPARISONS, {"x": x, "y": y})
@@ -45,7 +46,7 @@ def test_logic(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int64, np.bool_])
 @pytest.mark.parametrize("shapes", [((2, 3), (2, 3), (2, 3)), ((2, 3, 4), (4,), ()), ((3, 1), (1, 4), (2, 3, 4)), ((5,), (), (1,))])
-def test_where_with_every_broadcast(dtype: type, shapes: tuple[tuple[int, ...], ...]) -> None:
+def test_where_with_every_broadcast(dtype: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
     rng = np.random.default_rng(2)
     x, y = (np.asarray(rng.integers(-3, 4, shape)).astype(dtype) for shape in shapes[1:])
     texts = ["Where(c, x, y)", "Where(c, known_x, y)", "Where(c, x, known_y)", "Where(c, known_x, known_y)"]

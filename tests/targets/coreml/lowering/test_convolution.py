@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
 from edgekit.errors import UnsupportedOpError
 from tests.targets.coreml.lowered import check, lower, run
 from tests.targets.coreml.node_text import agrees_with_runtime, floats, of_shape, text
@@ -42,7 +43,9 @@ def test_conv_with_computed_weight_and_bias(version: str) -> None:
 
 
 def test_conv_in_half() -> None:
-    check(text("y = Conv<pads = [1, 1, 1, 1]>(x, w)", "float[1,3,6,6] x"), {"x": floats(1, 3, 6, 6)}, half=True, w=floats(4, 3, 3, 3, seed=1))
+    check(
+        text("y = Conv<pads = [1, 1, 1, 1]>(x, w)", "float[1,3,6,6] x"), {"x": floats(1, 3, 6, 6)}, half=True, w=floats(4, 3, 3, 3, seed=1)
+    )
 
 
 def test_a_computed_weight_has_no_dilation() -> None:
@@ -80,7 +83,14 @@ def test_conv_transpose(name: str, bias: bool) -> None:
 def test_conv_transpose_against_pytorch() -> None:
     x, weight, bias = floats(1, 4, 5, 6), floats(4, 3, 3, 4, seed=1), floats(6, seed=2)
     expected = torch.nn.functional.conv_transpose2d(
-        torch.tensor(x), torch.tensor(weight), torch.tensor(bias), stride=(3, 2), padding=(1, 2), output_padding=(2, 1), groups=2, dilation=(1, 2)
+        torch.tensor(x),
+        torch.tensor(weight),
+        torch.tensor(bias),
+        stride=(3, 2),
+        padding=(1, 2),
+        output_padding=(2, 1),
+        groups=2,
+        dilation=(1, 2),
     )
     attributes = "group = 2, strides = [3, 2], pads = [1, 2, 1, 2], output_padding = [2, 1], dilations = [1, 2]"
     model = onnx.parser.parse_model(text(f"y = ConvTranspose<{attributes}>(x, w, b)", "float[1,4,5,6] x"))

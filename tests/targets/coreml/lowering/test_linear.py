@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from edgekit.errors import UnsupportedOpError
 from edgekit.targets.coreml.convert import Converted
 from tests.targets.coreml.lowered import check, lower
@@ -61,7 +62,10 @@ ADDED = {"none": None, "row": (5,), "scalar": (), "wide row": (1, 5), "column": 
 @pytest.mark.parametrize("added", ADDED)
 @pytest.mark.parametrize("attributes", ["alpha = 0.5, beta = 2.0, transA = 1", "transB = 1"])
 def test_gemm(attributes: str, added: str, constants: str) -> None:
-    arrays = {"a": floats(*(4, 3) if "transA" in attributes else (3, 4)), "b": floats(*(5, 4) if "transB" in attributes else (4, 5), seed=1)}
+    arrays = {
+        "a": floats(*(4, 3) if "transA" in attributes else (3, 4)),
+        "b": floats(*(5, 4) if "transB" in attributes else (4, 5), seed=1),
+    }
     shape = ADDED[added]
     if shape is not None:
         arrays["c"] = floats(*shape, seed=2)

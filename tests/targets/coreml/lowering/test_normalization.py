@@ -1,4 +1,4 @@
-"""Normalizations against ONNX's reference and formulas in float64: constant and computed parameters, all ranks, small numbers in float16."""
+"""Normalizations against ONNX's reference and formulas in float64: constant and computed parameters, all ranks, float16's limits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from edgekit.errors import UnsupportedOpError
 from tests.targets.coreml.lowered import check, lower, run
 from tests.targets.coreml.node_text import floats, model_of, of_shape, text
@@ -31,7 +32,12 @@ def test_batch_normalization(shape: tuple[int, ...], computed: bool) -> None:
 @pytest.mark.parametrize("variance", [1e-9, 1e7])
 def test_batch_normalization_in_half_holds_every_variance(variance: float) -> None:
     x = floats(1, 2, 4) * np.float32(variance**0.5)
-    constants = {"s": np.ones(2, np.float32), "b": np.zeros(2, np.float32), "m": np.zeros(2, np.float32), "v": np.full(2, variance, np.float32)}
+    constants = {
+        "s": np.ones(2, np.float32),
+        "b": np.zeros(2, np.float32),
+        "m": np.zeros(2, np.float32),
+        "v": np.full(2, variance, np.float32),
+    }
     check(text("y = BatchNormalization<epsilon = 1e-12>(x, s, b, m, v)", "float[1,2,4] x"), {"x": x}, half=True, **constants)
 
 
@@ -57,7 +63,9 @@ def test_affine(name: str, rank: int, computed: bool) -> None:
     parameters = {"s": floats(count, seed=1), "b": floats(count, seed=2)}
     declared = f", float[{count}] s, float[{count}] b" if computed else ""
     inputs = {"x": floats(*shape)} | (parameters if computed else {})
-    model = model_of(text(f"y = {call}", f"{of_shape(shape)} x{declared}", f"{of_shape(shape)} y", opset), **({} if computed else parameters))
+    model = model_of(
+        text(f"y = {call}", f"{of_shape(shape)} x{declared}", f"{of_shape(shape)} y", opset), **({} if computed else parameters)
+    )
     groups = 4 if name == "instance" else 2
     wide = inputs["x"].astype(np.float64).reshape(shape[0], groups, -1)
     epsilon = 1e-5 if opset == 18 else 0.01

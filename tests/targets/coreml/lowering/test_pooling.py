@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
 from edgekit.errors import UnsupportedOpError
 from tests.targets.coreml.lowered import lower, run
 from tests.targets.coreml.node_text import agrees_with_runtime, floats, of_shape, text

@@ -84,7 +84,7 @@ def test_dynamic_quantization(x: np.ndarray) -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8])
 def test_integer_products(dtype: Any, left: tuple[int, ...], right: tuple[int, ...]) -> None:
     a, b = _integers(np.uint8, *left), _integers(dtype, *right, seed=1)
-    zeros = {"az": np.uint8(3), "bz": dtype(5), "columns": _integers(dtype, 4, seed=2)}
+    zeros: dict[str, Any] = {"az": np.uint8(3), "bz": dtype(5), "columns": _integers(dtype, 4, seed=2)}
     texts = ["MatMulInteger(a, b)", "MatMulInteger(a, b, az)", "MatMulInteger(a, b, az, bz)", "MatMulInteger(a, w, az, columns)"]
     check_all(texts, {"a": a, "b": b}, w=b, **zeros)
 
@@ -97,7 +97,7 @@ def test_integer_products_with_zero_points_per_row() -> None:
 
 def test_quantized_products() -> None:
     a, b = _integers(np.uint8, 2, 3, 8), _integers(np.int8, 8, 4, seed=1)
-    parameters = {"s": np.float32(0.02), "az": np.uint8(120), "bz": np.int8(2), "ys": np.float32(0.31), "yz": np.uint8(100)}
+    parameters: dict[str, Any] = {"s": np.float32(0.02), "az": np.uint8(120), "bz": np.int8(2), "ys": np.float32(0.31), "yz": np.uint8(100)}
     check_all(
         ["QLinearMatMul(a, s, az, b, s, bz, ys, yz)", "QLinearMatMul(a, s, az, w, s, bz, ys, yz)"], {"a": a, "b": b}, w=b, **parameters
     )
@@ -118,7 +118,7 @@ def test_integer_convolutions(attributes: str, data: tuple[int, ...], weight: tu
     texts = [f"ConvInteger{attributes}(x, w)", f"ConvInteger{attributes}(x, w, xz, wz)"]
     check_all(texts, {"x": x}, w=w, xz=np.uint8(100), wz=np.int8(3))
     bias = np.arange(weight[0], dtype=np.int32) * 50
-    parameters = {
+    parameters: dict[str, Any] = {
         "xs": np.float32(0.02),
         "ws": np.float32(0.01),
         "ys": np.float32(0.13),
@@ -131,7 +131,7 @@ def test_integer_convolutions(attributes: str, data: tuple[int, ...], weight: tu
 
 def test_scales_per_output_channel() -> None:
     x, w = _integers(np.uint8, 1, 2, 5, 5), _integers(np.int8, 3, 2, 3, 3, seed=1)
-    parameters = {
+    parameters: dict[str, Any] = {
         "xs": np.float32(0.02),
         "ws": _scales(3) / 10,
         "ys": np.float32(0.13),

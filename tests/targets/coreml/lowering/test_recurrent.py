@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from edgekit.errors import UnsupportedOpError
-from tests.targets.coreml.lowered import lower
+from tests.targets.coreml.lowered import lower, run
 from tests.targets.coreml.node_text import agrees_with_runtime, floats, model_of, text
 
 INPUT, HIDDEN = 3, 4
@@ -21,16 +22,16 @@ def case(
     directions = 2 if "bidirectional" in attributes else 1
     by_batch = "layout = 1" in attributes
     gates = GATES[operator]
-    shapes = {"w": (gates * HIDDEN, INPUT), "r": (gates * HIDDEN, HIDDEN), "b": (2 * gates * HIDDEN,)} | ({"p": (3 * HIDDEN,)} if peepholes else {})
+    shapes = {"w": (gates * HIDDEN, INPUT), "r": (gates * HIDDEN, HIDDEN), "b": (2 * gates * HIDDEN,)} | (
+        {"p": (3 * HIDDEN,)} if peepholes else {}
+    )
     constants = {name: floats(directions, *shape, seed=seed, scale=0.5) for seed, (name, shape) in enumerate(shapes.items())}
     inputs = {"x": floats(*(batch, length) if by_batch else (length, batch), INPUT, seed=7)}
     names = ["h", "c"][: 2 if operator == "LSTM" else 1] if states else []
     shape = (batch, directions, HIDDEN) if by_batch else (directions, batch, HIDDEN)
     inputs |= {name: floats(*shape, seed=seed, scale=0.5) for seed, name in enumerate(names, 8)}
     declared = ", ".join(f"float[{','.join(map(str, array.shape))}] {name}" for name, array in inputs.items())
-    slots = ["x", "w", "r", "b", "", *(names or [""] * peepholes), *([""] * (2 - len(names) if not names and peepholes else 0)), *(["p"] * peepholes)]
-    if not names and peepholes:
-        slots = ["x", "w", "r", "b", "", "", "", "p"]
+    slots = ["x", "w", "r", "b", "", *names, *(["p"] if peepholes else [])]
     results = ["y", "yh", "yc"][: 3 if operator == "LSTM" else 2]
     body = f"{', '.join(results)} = {operator}<hidden_size = {HIDDEN}{attributes}>({', '.join(slots)})"
     return text(body, declared, ", ".join(f"float[] {name}" for name in results)), inputs, constants
@@ -54,12 +55,15 @@ def test_directions(operator: str, attributes: str) -> None:
 ATTRIBUTES = {
     "no states": ("LSTM", "", {"states": False}),
     "peepholes": ("LSTM", ', direction = "bidirectional"', {"peepholes": True}),
-    "clip": ("LSTM", ", clip = 0.2", {}),
-    "clip and peepholes": ("LSTM", ", clip = 0.3", {"peepholes": True}),
+    "peepholes, written out": ("LSTM", activations("Sigmoid", "Elu", "Tanh"), {"peepholes": True}),
     "coupled": ("LSTM", ", input_forget = 1", {}),
     "relu": ("LSTM", activations("Sigmoid", "Relu", "Tanh"), {}),
     "hard sigmoid": ("LSTM", activations("HardSigmoid", "Tanh", "Softsign"), {}),
-    "parameters": ("LSTM", activations("HardSigmoid", "LeakyRelu", "Affine") + ", activation_alpha = [0.3, 0.1, 0.5], activation_beta = [0.4, 0.2]", {}),
+    "parameters": (
+        "LSTM",
+        activations("HardSigmoid", "LeakyRelu", "Affine") + ", activation_alpha = [0.3, 0.1, 0.5], activation_beta = [0.4, 0.2]",
+        {},
+    ),
     "batch of 1": ("GRU", "", {"batch": 1}),
     "reset after": ("GRU", ", linear_before_reset = 1", {}),
     "reset after, batch of 1": ("GRU", ", linear_before_reset = 1", {"batch": 1}),
@@ -67,7 +71,7 @@ ATTRIBUTES = {
     "GRU clip": ("GRU", ", clip = 0.2", {"batch": 1}),
     "elu": ("GRU", activations("Sigmoid", "Elu"), {}),
     "long": ("GRU", ', direction = "bidirectional"', {"length": 40}),
-    "long LSTM": ("LSTM", ", clip = 0.5", {"length": 40}),
+    "long LSTM": ("LSTM", ", input_forget = 1", {"length": 40, "peepholes": True}),
     "long RNN": ("RNN", activations("Softplus"), {"length": 40, "states": False}),
     "RNN relu": ("RNN", activations("Relu"), {}),
     "scaled tanh": ("RNN", activations("ScaledTanh") + ", activation_alpha = [0.7], activation_beta = [0.6]", {}),
@@ -94,8 +98,6 @@ def test_half_from_ios17_on(name: str) -> None:
 @pytest.mark.parametrize("operator", GATES)
 def test_by_batch(operator: str) -> None:
     """ONNX Runtime lacks the layout: its result in the other one is turned."""
-    from tests.targets.coreml.lowered import run
-
     source, inputs, constants = case(operator, ', direction = "bidirectional"')
     plain = run(lower(model_of(source, **constants)), inputs)
     turned, _, _ = case(operator, ', direction = "bidirectional", layout = 1')
@@ -106,10 +108,16 @@ def test_by_batch(operator: str) -> None:
 
 def test_full_sequences_are_taken_and_others_refused() -> None:
     source, inputs, constants = case("RNN", "")
-    source = source.replace("b, ,", "b, n,").replace("b, , ", "b, n, ")
+    source = source.replace("b, , h", "b, n, h")
     agrees_with_runtime(source, inputs, n=np.array([5, 5], np.int32), **constants)
     with pytest.raises(UnsupportedOpError, match="different lengths"):
         lower(model_of(source, n=np.array([5, 3], np.int32), **constants))
+
+
+def test_clip_of_lstm_is_refused() -> None:
+    source, _, constants = case("LSTM", ", clip = 0.2")
+    with pytest.raises(UnsupportedOpError, match="clip"):
+        lower(model_of(source, **constants))
 
 
 REFUSED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import onnx
@@ -54,7 +55,7 @@ def test_integers(keep: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.bool_])
-def test_extremes_of_narrow_types(dtype: type) -> None:
+def test_extremes_of_narrow_types(dtype: Any) -> None:
     x = np.random.default_rng(1).integers(0, 2 if dtype == np.bool_ else 100, (3, 4)).astype(dtype)
     check_all(_all(["ReduceMax", "ReduceMin"], 0), {"x": x}, axes=np.asarray([1]))
 
@@ -65,7 +66,7 @@ def test_float16() -> None:
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint8])
-def test_places_of_extremes_among_equals(axis: int, dtype: type) -> None:
+def test_places_of_extremes_among_equals(axis: int, dtype: Any) -> None:
     x = np.random.default_rng(3).integers(0, 3, (4, 5, 6)).astype(dtype)
     forms = itertools.product(("ArgMax", "ArgMin"), (0, 1), (0, 1))
     check_all(
@@ -81,7 +82,7 @@ def test_places_of_extremes_with_defaults() -> None:
 @pytest.mark.parametrize("name", ["CumSum", "CumProd"])
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_running_sums_and_products(name: str, axis: int, dtype: type) -> None:
+def test_running_sums_and_products(name: str, axis: int, dtype: Any) -> None:
     x = np.random.default_rng(4).integers(-2, 4, (3, 7)).astype(dtype)
     forms = itertools.product((0, 1), repeat=2)
     texts = [f"{name}<exclusive: int = {exclusive}, reverse: int = {reverse}>(x, axis)" for exclusive, reverse in forms]

@@ -25,10 +25,18 @@ def _attributes(**given) -> str:
     return ", ".join(f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}" for name, value in given.items())
 
 
-def _by_scales(scales, **attributes):
-    shape = ",".join(str(int(np.float32(size * scale))) for size, scale in zip(X.shape, scales, strict=True))
-    text = graph("float[1,2,5,6] x", f"float[{shape}] y", f'y = Resize<{_attributes(**attributes)}>(x, "", s)')
-    return check(text, {"x": X}, s=np.array(scales, np.float32))
+SCALES = [(1, 1, 2, 3), (1, 1, 0.5, 0.7), (1, 1, 1.7, 0.4), (1, 2.5, 1, 1.3)]
+
+
+def _by_scales(**attributes):
+    """All scales in one model."""
+    outputs, body, constants = [], [], {}
+    for at, scales in enumerate(SCALES):
+        shape = ",".join(str(int(np.float32(size * scale))) for size, scale in zip(X.shape, scales, strict=True))
+        outputs.append(f"float[{shape}] y{at}")
+        body.append(f'y{at} = Resize<{_attributes(**attributes)}>(x, "", s{at})')
+        constants[f"s{at}"] = np.array(scales, np.float32)
+    check(graph("float[1,2,5,6] x", ", ".join(outputs), " ".join(body)), {"x": X}, **constants)
 
 
 def _by_sizes(sizes, x=X, **attributes):
@@ -37,21 +45,16 @@ def _by_sizes(sizes, x=X, **attributes):
     return check(text, {"x": x}, s=np.array(sizes))
 
 
-SCALES = [(1, 1, 2, 3), (1, 1, 0.5, 0.7), (1, 1, 1.7, 0.4), (1, 2.5, 1, 1.3)]
-
-
-@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize(("coordinates", "nearest"), itertools.product(COORDINATES, ROUNDED))
-def test_nearest(scales, coordinates, nearest):
-    _by_scales(scales, mode="nearest", coordinate_transformation_mode=coordinates, nearest_mode=nearest)
+def test_nearest(coordinates, nearest):
+    _by_scales(mode="nearest", coordinate_transformation_mode=coordinates, nearest_mode=nearest)
 
 
-@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("mode", ["linear", "cubic"])
 @pytest.mark.parametrize("antialias", [0, 1])
-def test_interpolation(scales, coordinates, mode, antialias):
-    _by_scales(scales, mode=mode, coordinate_transformation_mode=coordinates, antialias=antialias)
+def test_interpolation(coordinates, mode, antialias):
+    _by_scales(mode=mode, coordinate_transformation_mode=coordinates, antialias=antialias)
 
 
 @pytest.mark.parametrize("antialias", [0, 1])

@@ -68,3 +68,17 @@ def test_refusals():
     refused(graph("float[4] x, float[1] u", "float[4] y", "y = ScatterND(x, i, u)"), "out of range", i=np.array([[4]]))
     big = "float[2,2,2,2,2] x, int64[1,1,1,1,1] i, float[1,1,1,1,1] u"
     refused(graph(big, "float[2,2,2,2,2] y", "y = ScatterElements<axis=0>(x, i, u)"), "rank 5")
+
+
+@pytest.mark.parametrize("known", [True, False, None])
+@pytest.mark.parametrize(("mode", "first"), [("linear", [1, 2]), ("circular", [3, 0])])
+@pytest.mark.parametrize("axis", [-2, 1, 3])
+def test_tensor_scatter(mode, first, known, axis):
+    shape = [2, 3, 4, 5]
+    shape[axis] = 2
+    dims, at = ",".join(map(str, shape)), np.minimum(first, np.array([2, 3, 4, 5])[axis] - (2 if mode == "linear" else 1))
+    declared = ", int64[2] w" if known is False else ""
+    body = f'y = TensorScatter<axis={axis}, mode="{mode}">(x, u{"" if known is None else ", w"})'
+    text = graph(f"float[2,3,4,5] x, float[{dims}] u{declared}", "float[2,3,4,5] y", body).replace(": 23", ": 24")
+    inputs = {"x": floats(2, 3, 4, 5), "u": floats(*shape, seed=2)} | ({"w": at} if known is False else {})
+    check(text, inputs, **({"w": at} if known else {}))

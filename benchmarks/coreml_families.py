@@ -1,0 +1,444 @@
+"""Which families of vision networks compile for target `coreml`, and how far the packages are from PyTorch.
+
+    python -m benchmarks.coreml_families [NAME ...] [--keep FOLDER] [--page]
+
+FAMILIES has one network of each model module of timm: of the registered names without a prefix `test_` the one with the fewest parameters,
+found by building them on the device `meta`; where exporting it takes long for what it shows, another small one. Networks of more than
+40 M parameters are left out.
+
+Each network is traced (by torch.export, else by TorchScript, as `edgekit compile` does), canonicalized, legalized, converted twice, saved
+and executed by the evaluator of packages. Weights are random, and what makes random weights unlike trained ones is replaced: matrices are
+drawn with variance 1/fan-in, what is constant at initialization (biases, layer scales) is drawn too, and the statistics of batch norms are
+measured, so that activations keep their scale. Images are smooth random fields of several scales, not white noise.
+
+    error       float32 package: largest difference from PyTorch over two images, relative to the largest logit
+    top-1       float16 package: images of 16 whose largest logit is PyTorch's
+    clear       the same, of images whose two largest logits are further apart than 1 % of the largest: random weights make near ties, which
+                trained ones seldom do, and there any rounding decides
+    missed      how far apart these two are, at most, where the largest is another than PyTorch's, relative to the largest
+    SQNR        float16 package: energy of the logits over that of the difference, in dB
+    PyTorch     where top-1 in float16 misses the goal: the same two numbers of PyTorch itself on the network in float16
+    seconds     legalize, convert in float16 and save, given the canonical graph
+
+`--keep` holds canonical graphs and rows in a folder: a row that is there is not measured again. `--page` writes docs/coreml-models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from edgekit.errors import EdgekitError, TraceError
+from edgekit.graph.canonicalize import canonicalize
+from edgekit.graph.files import save_model
+from edgekit.graph.opset import OPSET, to_opset
+from edgekit.graph.shapes import infer_shapes
+from edgekit.source import Source
+from edgekit.trace import EXPORTERS, trace
+from tests.timm_support import create_timm
+
+PAGE = Path(__file__).parent.parent / "docs" / "coreml-models.md"
+MAX_PARAMETERS = 40_000_000
+ERROR, AGREEMENT, PASSING, COUNT = 1e-3, 0.99, 0.9, 60
+IMAGES, MEASURED, COMPARED = 16, 4, 2
+"""Images that the float16 package is run on; that statistics are measured on; that the float32 package is run on."""
+TIE = 0.01
+FAMILIES = {
+    "beit": "beitv2_base_patch16_224",
+    "byoanet": "halonet_h1",
+    "byobnet": "mobileone_s1",
+    "cait": "cait_xxs24_224",
+    "coat": "coat_lite_tiny",
+    "convit": "convit_tiny",
+    "convmixer": "convmixer_768_32",
+    "convnext": "convnext_atto",
+    "cpubone": "cpubone_nano",
+    "crossvit": "crossvit_9_240",
+    "csatv2": "csatv2",
+    "cspnet": "cs3darknet_s",
+    "cspnext": "cspnext_tiny",
+    "davit": "davit_tiny",
+    "deit": "deit_tiny_patch16_224",
+    "densenet": "densenet121",
+    "dla": "dla46_c",
+    "dpn": "dpn48b",
+    "edgenext": "edgenext_xx_small",
+    "efficientformer": "efficientformer_l1",
+    "efficientformer_v2": "efficientformerv2_s0",
+    "efficientnet": "mobilenetv2_035",
+    "efficientvim": "efficientvim_m1",
+    "efficientvit_mit": "efficientvit_b0",
+    "efficientvit_msra": "efficientvit_m0",
+    "eva": "eva02_tiny_patch14_224",
+    "fasternet": "fasternet_t0",
+    "fastvit": "fastvit_t8",
+    "focalnet": "focalnet_tiny_srf",
+    "gcvit": "gcvit_xxtiny",
+    "ghostnet": "ghostnet_050",
+    "hardcorenas": "hardcorenas_a",
+    "hgnet": "hgnetv2_b0",
+    "hiera": "hiera_tiny_224",
+    "hieradet_sam2": "hieradet_small",
+    "hrnet": "hrnet_w18_small",
+    "iformer": "iformer_t",
+    "inception_next": "inception_next_atto",
+    "inception_v3": "inception_v3",
+    "lcnetv2": "lcnetv2_small",
+    "levit": "levit_128s",
+    "lowformer": "lowformer_b0",
+    "mambaout": "mambaout_femto",
+    "maxxvit": "maxvit_rmlp_pico_rw_256",
+    "metaformer": "poolformer_s12",
+    "mlp_mixer": "mixer_s32_224",
+    "mobilenetv3": "mobilenetv3_small_050",
+    "mobilevit": "mobilevit_xxs",
+    "mvitv2": "mvitv2_tiny",
+    "naflexvit": "naflexvit_base_patch16_gap",
+    "nasnet": "nasnetalarge",
+    "nest": "nest_tiny",
+    "nextvit": "nextvit_small",
+    "nfnet": "nfnet_l0",
+    "pit": "pit_ti_224",
+    "pvt_v2": "pvt_v2_b0",
+    "rdnet": "rdnet_tiny",
+    "regnet": "regnetx_002",
+    "repghost": "repghostnet_050",
+    "repvit": "repvit_m0_9",
+    "res2net": "res2net50_48w_2s",
+    "resnest": "resnest14d",
+    "resnet": "resnet10t",
+    "resnetv2": "resnetv2_18",
+    "rexnet": "rexnet_100",
+    "selecsls": "selecsls42b",
+    "senet": "legacy_seresnet18",
+    "sequencer": "sequencer2d_s",
+    "shvit": "shvit_s1",
+    "sknet": "skresnet18",
+    "starnet": "starnet_s050",
+    "swiftformer": "swiftformer_xs",
+    "swin_transformer": "swin_tiny_patch4_window7_224",
+    "swin_transformer_v2": "swinv2_tiny_window8_256",
+    "swin_transformer_v2_cr": "swinv2_cr_tiny_224",
+    "tiny_vit": "tiny_vit_5m_224",
+    "tnt": "tnt_s_patch16_224",
+    "tresnet": "tresnet_m",
+    "twins": "twins_pcpvt_small",
+    "visformer": "visformer_tiny",
+    "vision_transformer": "vit_tiny_patch16_224",
+    "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
+    "vision_transformer_relpos": "vit_relpos_small_patch16_rpn_224",
+    "vitamin": "vitamin_small_224",
+    "volo": "volo_d1_224",
+    "vovnet": "ese_vovnet19b_slim_dw",
+    "xception": "legacy_xception",
+    "xception_aligned": "xception41",
+    "xcit": "xcit_nano_12_p16_224",
+}
+"""By module of timm, one network."""
+
+
+@dataclass
+class Row:
+    """What became of one network; `failure` is why it has no package, or why the package could not be run."""
+
+    family: str
+    name: str
+    parameters: int = 0
+    exporter: str = ""
+    version: str = ""
+    error: float = math.nan
+    same: int = 0
+    clear: int = 0
+    clear_same: int = 0
+    missed: float = 0.0
+    sqnr: float = math.nan
+    seconds: float = math.nan
+    reference_same: int = -1
+    reference_sqnr: float = math.nan
+    failure: str = ""
+
+    @property
+    def agreement(self) -> float:
+        """The share of images with the same top-1, among those that are no near ties."""
+        return self.clear_same / max(self.clear, 1)
+
+    @property
+    def good(self) -> bool:
+        """Whether both goals are met."""
+        return not self.failure and self.error <= ERROR and self.agreement >= AGREEMENT
+
+
+def images(shape: tuple[int, ...], count: int, seed: int = 0) -> torch.Tensor:
+    """`[count, C, H, W]`: for each image random fields of several scales, each smooth at its scale, with a colour and a contrast of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    _, channels, height, width = shape
+    total = torch.randn(count, channels, 1, 1, generator=generator) * 0.5
+    for size in (3, 9, 27, 81):
+        field = torch.randn(count, channels, size, size, generator=generator)
+        total = total + torch.nn.functional.interpolate(field, (height, width), mode="bilinear") * 0.5
+    return total * (0.5 + torch.rand(count, 1, 1, 1, generator=generator))
+
+
+def prepare(module: torch.nn.Module, batch: torch.Tensor, seed: int = 0) -> None:
+    """Draws the weights of a network anew, in evaluation mode, and measures the statistics of its batch norms on a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in module.modules():
+        weight = getattr(part, "weight", None)
+        if isinstance(part, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)) and isinstance(weight, torch.nn.Parameter):
+            weight.data = torch.randn(weight.shape, generator=generator) / math.sqrt(weight[0].numel())
+    for tensor in module.parameters():
+        if tensor.numel() > 1 and (tensor == tensor.flatten()[0]).all():
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.data = noise * 0.2 - 0.1 if tensor.flatten()[0] == 0 else noise + 0.5
+    norms = [part for part in module.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        module(batch)
+    module.eval()
+
+
+def canonical(module: torch.nn.Module, example: torch.Tensor, name: str) -> tuple[ir.Model, str]:
+    """The canonical graph of a network, and the exporter that wrote it."""
+    failures = []
+    for exporter in EXPORTERS:
+        try:
+            model = trace(Source(name, module=module, example_inputs=(example,)), exporter).model
+        except TraceError as error:
+            failures.append(error)
+            continue
+        infer_shapes(model)
+        model = canonicalize(to_opset(model, OPSET))
+        infer_shapes(model)
+        return model, exporter
+    raise failures[0]
+
+
+def package(model: ir.Model, half: bool, path: Path) -> str:
+    """Writes a canonical graph, which is changed, as a package; returns the deployment target that it needs."""
+    from edgekit.targets.coreml.convert import Options, convert
+    from edgekit.targets.coreml.interface import METADATA
+    from edgekit.targets.coreml.legalize import legalize
+
+    legalize(model)
+    infer_shapes(model)
+    converted = convert(model, Options(half))
+    converted.model.user_defined_metadata[METADATA] = converted.interface.to_json()
+    converted.model.save(str(path))
+    return converted.version
+
+
+def run_package(path: Path, batch: np.ndarray) -> np.ndarray:
+    """The logits of a package, image by image: `[count, classes]`."""
+    from edgekit.targets.coreml.executable import load_package
+
+    loaded = load_package(path, 1)
+    return np.concatenate([loaded.run({loaded.inputs[0]: image[None]})[loaded.outputs[0]] for image in batch])
+
+
+def measure(family: str, name: str, graphs: Path) -> Row:
+    """Compiles a network twice and holds both packages against PyTorch; its canonical graph is kept in the folder `graphs`."""
+    row = Row(family, name)
+    try:
+        _measure(row, graphs)
+    except EdgekitError as error:
+        row.failure = row.failure or " ".join(f"{error}".split())
+    except Exception as error:  # a defect is a row of the table, not its end
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        row.failure = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {' '.join(str(error).split())}"
+    return row
+
+
+def _measure(row: Row, graphs: Path) -> None:
+    module, example = create_timm(row.name)
+    row.parameters = sum(parameter.numel() for parameter in module.parameters())
+    if row.parameters > MAX_PARAMETERS:
+        row.failure = f"left out: more than {MAX_PARAMETERS / 1e6:.0f} M parameters"
+        return
+    batch = images(example.shape, IMAGES)
+    prepare(module, batch[:MEASURED])
+    with torch.no_grad():
+        expected = torch.cat([module(image[None]) for image in batch]).double().numpy()
+    kept = sorted(graphs.glob(f"{row.name}.*.onnx"))
+    if not kept:
+        model, exporter = canonical(module, batch[:1], row.name)
+        kept = [graphs / f"{row.name}.{exporter}.onnx"]
+        save_model(model, kept[0])
+    row.exporter = kept[0].suffixes[-2][1:]
+    with tempfile.TemporaryDirectory() as folder:
+        half, full = Path(folder) / "half.mlpackage", Path(folder) / "full.mlpackage"
+        model = ir.load(kept[0])
+        begun = time.perf_counter()
+        row.version = package(model, True, half)
+        row.seconds = time.perf_counter() - begun
+        package(ir.load(kept[0]), False, full)
+        difference = np.abs(run_package(full, batch[:COMPARED].numpy()) - expected[:COMPARED])
+        row.error = float(difference.max() / np.abs(expected[:COMPARED]).max())
+        got = run_package(half, batch.numpy()).astype(np.float64)
+        if not np.isfinite(got).all():
+            row.failure = f"float16: {_overflow(half, batch.numpy())} exceeds float16"
+            return
+    largest = np.sort(expected, axis=1)[:, -2:]
+    margin = (largest[:, 1] - largest[:, 0]) / np.abs(expected).max(axis=1)
+    same, clear = expected.argmax(axis=1) == got.argmax(axis=1), margin > TIE
+    row.same, row.clear, row.clear_same = int(same.sum()), int(clear.sum()), int((same & clear).sum())
+    row.missed = float(margin[~same].max(initial=0))
+    row.sqnr = _sqnr(expected, got)
+    if row.agreement < AGREEMENT:
+        with torch.no_grad():
+            reference = torch.cat([module.half()(image[None].half()) for image in batch]).double().numpy()
+        row.reference_same = int((expected.argmax(axis=1) == reference.argmax(axis=1)).sum())
+        row.reference_sqnr = _sqnr(expected, reference)
+
+
+def _sqnr(expected: np.ndarray, got: np.ndarray) -> float:
+    return float(10 * np.log10((expected**2).sum() / ((got - expected) ** 2).sum()))
+
+
+def _overflow(path: Path, batch: np.ndarray) -> str:
+    """The first operation of a package whose result is not finite on some image."""
+    from edgekit.targets.coreml.reference.evaluator import Evaluator
+
+    evaluator = Evaluator(path)
+    found: list[str] = []
+
+    def observe(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
+            found.append(name)
+
+    for image in batch:
+        evaluator.run(dict.fromkeys(evaluator.inputs, image[None]), observe=observe)
+        if found:
+            return f"operation '{found[0]}'"
+    return "an operation"
+
+
+def in_child(family: str, name: str, graphs: Path, limit_s: float) -> Row:
+    """`measure` in a forked process, which has all imports already: a crash or an endless run is a row too."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(there, family, name, graphs))
+    child.start()
+    there.close()
+    row = Row(family, name, failure=f"took more than {limit_s:.0f} s")
+    if here.poll(limit_s):
+        with contextlib.suppress(EOFError):
+            row.failure = "the process ended"
+            row = here.recv()
+    child.kill()
+    child.join()
+    return row
+
+
+def _send(connection: Any, family: str, name: str, graphs: Path) -> None:
+    warnings.simplefilter("ignore")
+    connection.send(measure(family, name, graphs))
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+    start = f"{row.family:<26}{row.name:<38}{row.parameters / 1e6:>6.2f}"
+    if row.failure:
+        return f"{start}  {row.failure[:400]}"
+    counts = f"{f'{row.same}/{IMAGES}':>7}{f'{row.clear_same}/{row.clear}':>7}{f'{row.missed:.1%}' if row.missed else '':>6}"
+    return f"{start} {row.exporter:<12}{row.version:<6}{row.error:>9.1e}{counts}{row.sqnr:>7.1f}{row.seconds:>7.1f}{_reference(row)}"
+
+
+def _reference(row: Row) -> str:
+    return f"  {row.reference_same}/{IMAGES}, {row.reference_sqnr:.1f} dB" if row.reference_same >= 0 else ""
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """What the table amounts to."""
+    tried = [row for row in rows if not row.failure.startswith("left out")]
+    exported = [row for row in tried if row.exporter]
+    good = [row for row in exported if row.good]
+    share = len(good) / max(len(exported), 1)
+    alike = [row for row in good if row.same >= AGREEMENT * IMAGES]
+    run = [row for row in exported if not row.failure]
+    return [
+        f"{len(exported)} networks export (goal {COUNT}); {len(good)} of them, {share:.0%} (goal {PASSING:.0%}), meet both goals: "
+        f"float32 error at most {ERROR:g}, and top-1 agreement in float16 of at least {AGREEMENT} where it is clear.",
+        f"Counting near ties too, top-1 agrees on {sum(row.same for row in run)} of {IMAGES * len(run)} images, and on all of them in "
+        f"{len(alike)} networks, {len(alike) / max(len(exported), 1):.0%}.",
+    ]
+
+
+def page(rows: list[Row]) -> str:
+    """docs/coreml-models.md."""
+    text = [
+        "# Models on target `coreml`",
+        "",
+        "Written by `python -m benchmarks.coreml_families --page`, which says how everything is measured: one small network of each family of",
+        "timm, with random weights, against PyTorch. Packages were executed by the [evaluator](coreml.md), not on Apple's devices: agreement in",
+        "float16 is that of exact operators with every result rounded to float16.",
+        "",
+        *summary(rows),
+        "",
+        "| family | network | M parameters | exporter | needs | float32 error | float16 top-1 | clear | missed | SQNR, dB | seconds | PyTorch |",
+        "|" + " --- |" * 12,
+    ]
+    done = [row for row in rows if not row.failure]
+    for row in done:
+        text.append(
+            f"| {row.family} | {row.name} | {row.parameters / 1e6:.2f} | {row.exporter} | {row.version} | {row.error:.1e} | "
+            f"{row.same}/{IMAGES} | {row.clear_same}/{row.clear} | {f'{row.missed:.1%}' if row.missed else ''} | {row.sqnr:.1f} | {row.seconds:.1f} | {_reference(row).strip()} |"
+        )
+    text += ["", "Without a package:", "", "| family | network | M parameters | reason |", "| --- | --- | --- | --- |"]
+    text += [
+        f"| {row.family} | {row.name} | {row.parameters / 1e6:.2f} | {row.failure[:300].replace('|', chr(92) + '|')} |" for row in rows if row.failure
+    ]
+    return "\n".join(text) + "\n"
+
+
+def main() -> int:
+    """Prints the table; the exit status is 1 where a goal is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(FAMILIES.values()), help="names of timm (default: one of each family)")
+    parser.add_argument("--keep", type=Path, help="folder of canonical graphs and rows")
+    parser.add_argument("--page", action="store_true", help=f"write docs/{PAGE.name}")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds that one network may take")
+    options = parser.parse_args()
+    import coremltools  # noqa: F401
+
+    torch.set_num_threads(1)  # no threads before a fork
+    create_timm("test_resnet")  # imports timm: the forked processes have all imports already
+
+    families = {name: family for family, name in FAMILIES.items()}
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in options.names:
+            file = folder / f"{name}.json"
+            if not file.exists():
+                row = in_child(families.get(name, name), name, folder, options.limit)
+                file.write_text(json.dumps(asdict(row)))
+            rows.append(Row(**json.loads(file.read_text())))
+            print(line(rows[-1]), flush=True)
+    print(*summary(rows), sep="\n")
+    if options.page:
+        PAGE.write_text(page(rows))
+    return int(not all(row.good for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
