@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from benchmarks.coreml_families import canonical, package
+from benchmarks.coreml_networks import canonical, package
 from benchmarks.models import deit_tiny_like
 from edgekit.graph.files import save_model
 from edgekit.profile.statistics import bootstrap_ratio
@@ -50,14 +51,13 @@ def main() -> int:
     ways: dict[str, Callable[[], Any]] = {"PyTorch": torch.no_grad()(lambda: module(image))}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model, _ = canonical(module, image, "vit")
+        model, _ = canonical(module, image, "vit", ("torchscript",))
         save_model(model, folder / "vit.onnx")
         for precision, half in (("float32", False), ("float16", True)):
             path = folder / f"{precision}.mlpackage"
             package(ir.load(folder / "vit.onnx"), half, path)
             loaded = load_package(path, options.threads)
-            feeds = {loaded.inputs[0]: image.numpy()}
-            ways[precision] = lambda loaded=loaded, feeds=feeds: loaded.run(feeds)
+            ways[precision] = partial(loaded.run, {loaded.inputs[0]: image.numpy()})
     times: dict[str, list[float]] = {name: [] for name in ways}
     for index in range(options.runs + 2):
         for name, way in ways.items():
@@ -68,11 +68,11 @@ def main() -> int:
     print(f"PyTorch: median {1000 * np.median(baseline):.1f} ms of {len(baseline)} on {options.threads} threads")
     ratios = {}
     for name in ("float32", "float16"):
-        spent = np.array(times[name])
-        ratios[name] = float(np.median(spent) / np.median(baseline))
-        low, high = bootstrap_ratio(spent, baseline, rng=np.random.default_rng(0))
+        candidate = np.array(times[name])
+        ratios[name] = float(np.median(candidate) / np.median(baseline))
+        low, high = bootstrap_ratio(candidate, baseline, rng=np.random.default_rng(0))
         goal = f" (goal {GOAL})" if name == "float32" else ""
-        print(f"evaluator, {name}: {1000 * np.median(spent):.1f} ms, {ratios[name]:.2f}x, 95 % interval [{low:.2f}, {high:.2f}]{goal}")
+        print(f"evaluator, {name}: {1000 * np.median(candidate):.1f} ms, {ratios[name]:.2f}x, 95 % interval [{low:.2f}, {high:.2f}]{goal}")
     return int(ratios["float32"] > GOAL)
 
 

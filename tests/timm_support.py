@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 _SCHEMAS: list[torch.library.Library] = []
 """Declarations hold as long as the object that made them lives."""
 
 
-def create_timm(name: str, seed: int = 0) -> tuple[torch.nn.Module, torch.Tensor]:
-    """Returns the network `name` in evaluation mode and an example input `[1, 3, H, W]` of the size that it was published for."""
+def create_timm(name: str, seed: int = 0, **options: Any) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Returns the network `name` in evaluation mode and an example input `[1, 3, H, W]` of the size that it was published for.
+
+    `options` are timm's, to build another size of the network.
+    """
     _import_torchvision()
     import timm
 
     torch.manual_seed(seed)
-    module = timm.create_model(name).eval()
+    module = timm.create_model(name, **options).eval()
     return module, torch.zeros(1, *module.default_cfg["input_size"])
 
 

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers numpy's names for bfloat16 and the like
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx import numpy_helper
 
 from edgekit.errors import UnsupportedOpError
 from edgekit.graph.canonicalize import canonicalize
@@ -47,7 +46,14 @@ PARAMETERS = frozenset({
     *("input_mean", "input_var", "target_type"),
 })  # fmt: skip
 """Inputs, by the names that ONNX's specification gives them, that say what an operator does or are weights: constants in a model."""
-ALSO = {"Compress": ("condition",), "ConstantOfShape": ("input",), "BatchNormalization": ("B",), "LSTM": ("B", "P"), "GRU": ("B",), "RNN": ("B",)}
+ALSO = {
+    "Compress": ("condition",),
+    "ConstantOfShape": ("input",),
+    "BatchNormalization": ("B",),
+    "LSTM": ("B", "P"),
+    "GRU": ("B",),
+    "RNN": ("B",),
+}
 """The same, where the name alone does not tell."""
 
 _INTRODUCTION = """# What the target `coreml` covers
@@ -174,7 +180,7 @@ def _tolerances(want: Any, case: Any) -> tuple[float, float]:
     """The test's own; at least two roundings of the type, for some tests expect the very roundings of the code that made them."""
     if not isinstance(want, np.ndarray) or not want.size or not _is_float(want.dtype):
         return case.rtol, case.atol
-    step = 2 * float(ml_dtypes.finfo(want.dtype).eps)
+    step = 2 * float(ml_dtypes.finfo(want.dtype).eps)  # type: ignore[no-untyped-call]
     finite = np.abs(want.astype(np.float64))[np.isfinite(want.astype(np.float64))]
     return max(case.rtol, step), max(case.atol, step * float(finite.max(initial=0)) if want.itemsize > 2 else 0)
 
@@ -209,9 +215,10 @@ def _load(converted: Converted) -> CoreMlExecutable:
 def totals(results: Sequence[Outcome]) -> str:
     """The line of the page that sums up."""
     count = collections.Counter(result.ending for result in results)
+    plain, constants = count["match"], count["constants"]
     return (
-        f"Of the {len(results)} node tests of onnx {onnx.__version__}, {count['match'] + count['constants']} match: {count['match']} as they "
-        f"are and {count['constants']} with their parameters as constants. {count['refused']} are refused; {count['failed']} give a wrong answer."
+        f"Of the {len(results)} node tests of onnx {onnx.__version__}, {plain + constants} match: {plain} as they are and {constants} with "
+        f"their parameters as constants. {count['refused']} are refused; {count['failed']} give a wrong answer."
     )
 
 

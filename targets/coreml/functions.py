@@ -54,7 +54,8 @@ def _calls(model: ir.Model) -> list[tuple[ir.Node, ir.Function]]:
 
 
 def _is_lowered(node: ir.Node) -> bool:
-    return node.domain in ("", "ai.onnx") and node.op_type in OPERATORS and not FORMS.get(node.op_type, lambda node: False)(node)
+    written_out = FORMS.get(node.op_type)
+    return node.domain in ("", "ai.onnx") and node.op_type in OPERATORS and not (written_out is not None and written_out(node))
 
 
 def _body(node: ir.Node, model: ir.Model) -> ir.Function | None:
@@ -87,6 +88,4 @@ def _function(node: ir.Node, schema: onnx.defs.OpSchema) -> onnx.FunctionProto |
     if not schema.has_context_dependent_function:
         return None
     types = [b"" if value is None else ir.serde.serialize_value(value).type.SerializeToString() for value in node.inputs]
-    return onnx.FunctionProto.FromString(
-        schema.get_context_dependent_function(ir.serde.serialize_node(node).SerializeToString(), types)
-    )
+    return onnx.FunctionProto.FromString(schema.get_context_dependent_function(ir.serde.serialize_node(node).SerializeToString(), types))

@@ -68,7 +68,10 @@ def _tensor_scatter(b: Lowering, node: ir.Node) -> Any:
         places = b.op("add", x=reshape(b, b.x(node, 2), by_batch), y=steps)
         indices = spread(b, b.op("mod", x=places, y=shape[axis]) if mode == "circular" else places, written)
     return through_int(
-        b, lambda into, new: b.op("scatter_along_axis", data=into, indices=indices, updates=new, axis=axis, mode="update"), b.x(node), b.x(node, 1)
+        b,
+        lambda into, new: b.op("scatter_along_axis", data=into, indices=indices, updates=new, axis=axis, mode="update"),
+        b.x(node),
+        b.x(node, 1),
     )
 
 

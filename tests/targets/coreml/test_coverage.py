@@ -27,25 +27,29 @@ def test_right_or_refused(name: str, outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes[name]
     assert outcome.ending in ("match", "constants", "refused"), outcome.reason
     if outcome.ending == "refused":
-        assert outcome.reason and outcome.where and outcome.fix
+        assert all((outcome.reason, outcome.where, outcome.fix))
 
 
 def test_the_page_tells_of_no_wrong_answer_and_enough_matches() -> None:
     text = coverage.PAGE.read_text("utf-8")
     found = re.search(
-        r"Of the (\d+) node tests of onnx (\S+), (\d+) match: (\d+) as they are and (\d+) .*? (\d+) are refused; (\d+) give a wrong answer", text
+        r"Of the (\d+) node tests of onnx (\S+), (\d+) match: (\d+) as they are and (\d+) .*? (\d+) are refused; (\d+) give a wrong answer",
+        text,
     )
     assert found
     every, match, plain, constants, refused, wrong = (int(found[index]) for index in (1, 3, 4, 5, 6, 7))
-    assert wrong == 0 and match >= MUST_MATCH and plain + constants == match and match + refused == every
+    assert wrong == 0
+    assert match >= MUST_MATCH
+    assert (plain + constants, match + refused) == (match, every)
     if found[2] == onnx.__version__:
         assert every == len(coverage.node_cases())
 
 
 def test_the_table_adds_up_to_the_totals() -> None:
     text = coverage.PAGE.read_text("utf-8")
-    rows = np.array([row for row in re.findall(r"^\| \S+ \| \d+ \| (\d+) \| (\d+) \| (\d+) \|", text, re.M)], int)
-    assert all(f" {count} " in next(line for line in text.splitlines() if line.startswith("Of the ")) for count in rows.sum(axis=0))
+    rows = np.array(re.findall(r"^\| \S+ \| \d+ \| (\d+) \| (\d+) \| (\d+) \|", text, re.M), int)
+    line = next(line for line in text.splitlines() if line.startswith("Of the "))
+    assert all(f" {count} " in line for count in rows.sum(axis=0))
 
 
 @pytest.mark.parametrize(

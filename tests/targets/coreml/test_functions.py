@@ -63,4 +63,6 @@ def test_nodes_lead_back_to_where_they_come_from() -> None:
     next(iter(model.graph)).metadata_props["module"] = "loss"
     assert expand_functions(model) == 1
     assert not model.functions
-    assert all(node.metadata_props.get("module") == "loss" for node in model.graph if node.op_type in ("GatherElements", "Neg", "ReduceMean"))
+    assert all(
+        node.metadata_props.get("module") == "loss" for node in model.graph if node.op_type in ("GatherElements", "Neg", "ReduceMean")
+    )
