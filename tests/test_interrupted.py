@@ -14,7 +14,7 @@ from edgekit.artifact import open_artifact
 from tests.conftest import command, edgekit, listing
 
 COMPILE = ("compile", "tiny.onnx", "--target", "openvino", "--out", "out")
-MOMENTS = ["open", "run original", "pass merge-branches", "run artifact", "lower baseline"]
+MOMENTS = ["open", "run original", "pass reparameterize", "run artifact", "lower baseline"]
 """Stages after whose end the signal comes: while the next one runs."""
 
 

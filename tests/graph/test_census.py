@@ -105,7 +105,7 @@ def zoo() -> dict[str, ir.Model]:
 EXACT = sorted(name for name, cls in contracts.passes.load_all()[0].items() if cls.effect is Effect.EXACT)
 
 
-REWRITING = ("drop-dead-work", "fold-batch-norm", "fold-input-affine", "fold-scale", "merge-branches", "reparameterize")
+REWRITING = ("drop-dead-work", "fold-batch-norm", "fold-input-affine", "merge-branches", "reparameterize")
 """Passes that find something in these graphs; those of rarer forms are held to their promise in their own tests too."""
 
 
