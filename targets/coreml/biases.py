@@ -29,7 +29,7 @@ def fuse_biases(model: ir.Model) -> int:
                 continue
             fused = ir.Node(DOMAIN, "Linear", [*node.inputs, bias], name=node.name, metadata_props=dict(node.metadata_props))
             output, old = fused.outputs[0], add.outputs[0]
-            output.dtype, output.shape = old.dtype, old.shape
+            output.type, output.shape = old.type, old.shape
             model.graph.insert_before(add, fused)
             name = old.name
             ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
@@ -45,14 +45,16 @@ def fuse_biases(model: ir.Model) -> int:
 def _fits(node: ir.Node, product: ir.Value, bias: ir.Value | None) -> bool:
     if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx") or not is_used_once(product) or bias is None:
         return False
-    weight, added, shape = static_shape(node.inputs[1]), static_shape(bias), static_shape(product)
+    matrix = node.inputs[1]
+    weight, added, shape = static_shape(matrix), static_shape(bias), static_shape(product)
     return (
-        weight is not None
+        matrix is not None
+        and weight is not None
         and shape is not None
         and len(weight) == 2
         and len(shape) in (2, 3)
         and added == (weight[1],)
-        and node.inputs[1].dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)  # type: ignore[union-attr]
-        and constant_array(node.inputs[1]) is not None
+        and matrix.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+        and constant_array(matrix) is not None
         and constant_array(bias) is not None
     )

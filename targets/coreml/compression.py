@@ -81,7 +81,9 @@ def palettize(array: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     flat = np.sort(array.astype(np.float64).ravel())
     distinct = flat[np.concatenate([[True], np.diff(flat) > 0])]
     if distinct.size <= count:  # kept exactly
-        return np.searchsorted(distinct, array.astype(np.float64)).astype(np.uint8), np.pad(distinct, (0, count - distinct.size), mode="edge")
+        return np.searchsorted(distinct, array.astype(np.float64)).astype(np.uint8), np.pad(
+            distinct, (0, count - distinct.size), mode="edge"
+        )
     sums = np.concatenate([[0.0], np.cumsum(flat)])
     centres = _first_centres(flat, count)
     for _ in range(_ITERATIONS):

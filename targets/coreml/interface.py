@@ -1,8 +1,8 @@
 """How the inputs and outputs of a Core ML model stand for those of the ONNX graph.
 
 Core ML's inputs and outputs are tensors of rank 1 to 5 of float32, float16 or int32, and their names are identifiers. So an ONNX scalar
-becomes a vector of one element, bool and the other integers become int32, and names are cleaned. Some inputs become images or states, one output may
-become a class label. The package keeps the correspondence in its metadata.
+becomes a vector of one element, bool and the other integers become int32, and names are cleaned. Some inputs become images or states, one
+output may become a class label. The package keeps the correspondence in its metadata.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from edgekit.targets.coreml.unroll import unroll
 def legalize(model: ir.Model) -> None:
     """Brings a graph, in place, to operators that the lowering has.
 
-    Functions are inlined, composite operators written out, control flow that constants decide unrolled, ranks lowered to 5, and the biases of
-    matrix products put into them.
+    Functions are inlined, composite operators written out, control flow that constants decide unrolled, ranks lowered to 5, and the biases
+    of matrix products put into them.
     """
     if model.functions:
         InlinePass()(model)

@@ -37,7 +37,13 @@ def run(converted: Converted, inputs: dict[str, np.ndarray]) -> dict[str, np.nda
 
 
 def check(
-    text: str | onnx.ModelProto, inputs: dict[str, np.ndarray], *, half: bool = False, version: str = "", tolerance: float = 0.0, **constants: Any
+    text: str | onnx.ModelProto,
+    inputs: dict[str, np.ndarray],
+    *,
+    half: bool = False,
+    version: str = "",
+    tolerance: float = 0.0,
+    **constants: Any,
 ) -> Converted:
     """Holds the lowered graph against ONNX's reference evaluator; `constants` become initializers of the text's graph.
 
@@ -50,7 +56,7 @@ def check(
     limit = tolerance or (0.02 if half else 1e-5)
     for name, got in run(converted, inputs).items():
         wanted = np.asarray(expected[name])
-        assert got.shape == wanted.shape and got.dtype == wanted.dtype, name
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype), name
         scale = max(float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0)), 1e-3) if wanted.dtype.kind == "f" else 0
         np.testing.assert_allclose(got.astype(np.float64), wanted.astype(np.float64), rtol=0, atol=limit * scale, err_msg=name)
     return converted

@@ -19,7 +19,9 @@ def text(body: str, shape: str = "2,3,6", outputs: str = "float[2,3,4] y") -> st
     return f'<ir_version: 10, opset_import: ["" : 23]> g (float[{shape}] x) => ({outputs}) {{ {body} }}'
 
 
-@pytest.mark.parametrize("body", ["m = MatMul(x, w) y = Add(m, b)", "m = MatMul(x, w) y = Add(b, m)", "m = MatMul(x, w) n = Add(m, b) y = Relu(n)"])
+@pytest.mark.parametrize(
+    "body", ["m = MatMul(x, w) y = Add(m, b)", "m = MatMul(x, w) y = Add(b, m)", "m = MatMul(x, w) n = Add(m, b) y = Relu(n)"]
+)
 @pytest.mark.parametrize("half", [False, True])
 def test_one_linear_with_its_bias(body: str, half: bool) -> None:
     converted = check(text(body), {"x": RNG.normal(size=(2, 3, 6)).astype(np.float32)}, half=half, w=W, b=B)

@@ -71,7 +71,8 @@ def test_scales_per_block(seed: int, block: int) -> None:
     array = np.random.default_rng(seed).normal(size=(6, 16)).astype(np.float32)
     data, scale = quantize_blocks(array, 1, block)
     size = 16 // scale.shape[1]
-    assert size <= block and 16 % size == 0
+    assert size <= block
+    assert 16 % size == 0
     spread = np.repeat(scale, size, axis=1)
     assert (np.abs(data * spread - array) <= spread / 2 * (1 + 1e-6)).all()
     assert np.abs(data).max() <= 7

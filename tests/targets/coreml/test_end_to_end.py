@@ -48,7 +48,11 @@ def test_a_deployment_target_that_is_too_old_names_the_operator(tmp_path: Path) 
     module = torch.nn.Sequential(torch.nn.Linear(64, 64))
     with pytest.raises(UnsupportedOpError, match="needs iOS16") as caught:
         edgekit.compile(
-            module, torch.zeros(1, 64), target='coreml{weights="palette4",deployment_target="iOS15"}', out=tmp_path / "out", timing=Timing(0)
+            module,
+            torch.zeros(1, 64),
+            target='coreml{weights="palette4",deployment_target="iOS15"}',
+            out=tmp_path / "out",
+            timing=Timing(0),
         )
     assert "node" in (caught.value.where or "")
     assert not (tmp_path / "out").exists()
@@ -58,7 +62,18 @@ def test_a_deployment_target_that_is_too_old_names_the_operator(tmp_path: Path) 
 
 def test_image_input_on_the_command_line(tiny: Path, tmp_path: Path) -> None:
     done = command(
-        "compile", str(tiny), "-t", "coreml", "--image-input", "image:0.00392157,-0.5,RGB", "--out", "out", "--seconds", "0", "-q", cwd=tmp_path
+        "compile",
+        str(tiny),
+        "-t",
+        "coreml",
+        "--image-input",
+        "image:0.00392157,-0.5,RGB",
+        "--out",
+        "out",
+        "--seconds",
+        "0",
+        "-q",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     spec = open_package(tmp_path / "out" / "model.mlpackage").spec
@@ -80,7 +95,10 @@ def test_verify_against_an_onnx_file(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "other.onnx").write_bytes(other.SerializeToString())
     wrong = command("verify", "net.mlpackage", "--against", "other.onnx", "--precision", "fp32", cwd=tmp_path)
     assert wrong.returncode == 5, wrong.stderr
-    for arguments, code in ((("verify", "none.mlpackage", "--against", "tiny.onnx"), 3), (("verify", "tiny.onnx", "--against", "tiny.onnx"), 2)):
+    for arguments, code in (
+        (("verify", "none.mlpackage", "--against", "tiny.onnx"), 3),
+        (("verify", "tiny.onnx", "--against", "tiny.onnx"), 2),
+    ):
         assert command(*arguments, cwd=tmp_path).returncode == code
 
 
@@ -93,7 +111,11 @@ def test_a_package_of_coremltools_own_converter(tmp_path: Path) -> None:
     traced = torch.jit.trace(module, x)
     for precision, limit in ((ct.precision.FLOAT32, 1e-5), (ct.precision.FLOAT16, 0.02)):
         model = ct.convert(
-            traced, inputs=[ct.TensorType("x", shape=tuple(x.shape))], convert_to="mlprogram", compute_precision=precision, skip_model_load=True
+            traced,
+            inputs=[ct.TensorType("x", shape=tuple(x.shape))],
+            convert_to="mlprogram",
+            compute_precision=precision,
+            skip_model_load=True,
         )
         path = tmp_path / f"{limit}.mlpackage"
         model.save(str(path))

@@ -88,7 +88,7 @@ def test_weights_outside_the_package(package: Path) -> None:
         for function in spec.mlProgram.functions.values():
             for block in function.block_specializations.values():
                 for operation in block.operations:
-                    value = operation.attributes["val"] if "val" in operation.attributes else None
+                    value = operation.attributes.get("val")
                     if value is not None and value.WhichOneof("value") == "blobFileValue":
                         value.blobFileValue.fileName = "@model_path/../../../../../etc/passwd"
 
@@ -157,7 +157,7 @@ def test_states_are_changed_in_place(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.stack([first, second])[:, 0, 0], [2, 4])
     np.testing.assert_array_equal(state["total"], np.full((1, 4), 2, np.float16))
     np.testing.assert_array_equal(evaluator.run(ones)["y"], first)
-    with pytest.raises(UsageError, match="no input 'sum'|missing"):
+    with pytest.raises(UsageError, match=r"no input 'sum'|missing"):
         evaluator.run(ones, {"sum": state["total"]})
 
 

@@ -1,8 +1,8 @@
 """The operators of MIL, by name, as functions on tensors.
 
 Each takes its arguments by MIL's parameter names and has MIL's default values, from coremltools' documentation of the operator. Tensors
-come in the type that operators compute in (float32, int32, bool); scalars are tensors of rank 0, strings are `str`, missing optional arguments
-are None. The result, or the tuple of results, is rounded to the declared types by the executor.
+come in the type that operators compute in (float32, int32, bool); scalars are tensors of rank 0, strings are `str`, missing optional
+arguments are None. The result, or the tuple of results, is rounded to the declared types by the executor.
 """
 
 from __future__ import annotations

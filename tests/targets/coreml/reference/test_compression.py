@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 from coremltools.converters.mil.mil.ops.defs.iOS16 import constexpr_ops as packed
 from coremltools.converters.mil.mil.ops.defs.iOS18 import compression as unpacked

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import Builder as mb
 
 from edgekit.targets.coreml.reference.operators import elementwise
 from edgekit.targets.coreml.reference.operators.lists import TABLE

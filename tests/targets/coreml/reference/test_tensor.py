@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import Builder as mb
 
 from edgekit.targets.coreml.reference.operators import elementwise
 from edgekit.targets.coreml.reference.operators.tensor import TABLE
