@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from edgekit.collection import out_of_sight
 from edgekit.errors import EdgekitError, LoweringError, UnsupportedOpError, nearest
 from edgekit.graph.shapes import static_shape
 from edgekit.targets.coreml.biases import DOMAIN
@@ -262,7 +263,7 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), out_of_sight():  # coremltools collects garbage after each conversion
             yield
     finally:
         logger.setLevel(level)

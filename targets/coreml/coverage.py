@@ -10,7 +10,6 @@ python -m edgekit.targets.coreml.coverage --check
 from __future__ import annotations
 
 import collections
-import gc
 import random
 import re
 import sys
@@ -34,7 +33,7 @@ from edgekit.targets.coreml.executable import CoreMlExecutable
 from edgekit.targets.coreml.legalize import legalize
 from edgekit.targets.coreml.reference.package import Package
 
-PAGE = Path(__file__).parents[2] / "docs" / "coreml-operators.md"
+PAGE = Path(__file__).parents[3] / "docs" / "coreml-operators.md"
 
 PARAMETERS = frozenset({
     *("axes", "axis", "block_shape", "delta", "depth", "image_shape", "K", "k", "limit", "output_shape", "pads", "position", "repeats"),
@@ -105,14 +104,9 @@ def outcomes(names: Iterable[str] | None = None, report: Callable[[Outcome], Non
     """Runs node tests, all by default."""
     by_name = {case.name: case for case in node_cases()}
     results = []
-    gc.collect()
-    gc.freeze()  # coremltools collects garbage after every conversion, which is slow among a million objects that stay
-    try:
-        for name in by_name if names is None else names:
-            results.append(_outcome(by_name[name], by_name))
-            report(results[-1])
-    finally:
-        gc.unfreeze()
+    for name in by_name if names is None else names:
+        results.append(_outcome(by_name[name], by_name))
+        report(results[-1])
     return results
 
 

@@ -17,7 +17,7 @@ HELD: dict[str, torch.dtype] = {
     "uint1": torch.uint8, "uint2": torch.uint8, "uint3": torch.uint8, "uint4": torch.uint8, "uint6": torch.uint8, "uint8": torch.uint8,
     "uint16": torch.int32, "uint32": torch.int64,
 }  # fmt: skip
-"""How a tensor of each MIL type is held. Types under 8 bits lie in 8, unpacked; uint16 and uint32 lie in wider types, which PyTorch computes in."""
+"""How a tensor of each MIL type is held: types under 8 bits in 8, unpacked; uint16 and uint32 in wider types, which PyTorch computes in."""
 
 _PROTO_NAMES = {
     1: "bool", 2: "string", 10: "fp16", 11: "fp32", 12: "fp64", 13: "bf16",
