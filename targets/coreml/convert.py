@@ -103,8 +103,20 @@ def _write(graph: ir.Graph, lowering: Lowering, options: Options) -> tuple[Any, 
                 "every output became a state: a Core ML model needs one that it gives out", fix="keep one output out of the states"
             )
         function.set_outputs(outputs)
+        _drop_unused(function)
     program.add_function("main", function)
     return program, interface
+
+
+def _drop_unused(block: Any) -> None:
+    """Removes constants that nothing reads, such as weights that are stored in fewer bits elsewhere: they would lie in the file."""
+    unused = []
+    for operation in block.operations:
+        for inner in operation.blocks:
+            _drop_unused(inner)
+        if operation.op_type == "const" and not any(value.child_ops or value.consuming_blocks for value in operation.outputs):
+            unused.append(operation)
+    block.remove_ops(unused)
 
 
 def lower_nodes(graph: ir.Graph, lowering: Lowering, options: Options, kept: set[ir.Node]) -> None:

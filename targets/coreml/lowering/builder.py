@@ -12,7 +12,7 @@ import onnx_ir as ir
 from edgekit.errors import EdgekitError, UnsupportedOpError
 from edgekit.graph.constants import constant_array
 from edgekit.graph.shapes import static_shape
-from edgekit.targets.coreml.compression import Storage, stored
+from edgekit.targets.coreml.compression import SMALLEST, Storage, stored
 from edgekit.targets.coreml.versions import VERSIONS
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16})
@@ -234,7 +234,7 @@ class Lowering:
         array: Any = given.get(parameter)
         if not isinstance(array, np.ndarray) and hasattr(array, "op") and array.op is not None and array.op.op_type == "const":
             array = array.val
-        if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim < 2 or self.storage is None:
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim < 2 or array.size < SMALLEST or self.storage is None:
             return
         self.require(self.storage.version, f"weights as {self.storage.kind}")
         kept = stored(array, self.storage, axis, self.at_least("iOS18"), self.unique(f"{self._name('')['name']}_weight"))
