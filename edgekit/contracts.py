@@ -167,6 +167,9 @@ class Target(ABC):
         """The target without compression, which is what a baseline is lowered at."""
         return dataclasses.replace(self, precision=self.precisions[0])
 
+    def annotate(self, folder: Path, recipe: str) -> None:  # noqa: B027 (most formats have no room for it)
+        """Writes the text of the recipe into the native files in `folder`, where the format keeps such things."""
+
     @classmethod
     def load_file(cls, path: Path, threads: int) -> Executable:
         """Opens a file of the target's format that anybody wrote; only called for names that end in `suffix`.

@@ -203,7 +203,8 @@ def prepare(proto: onnx.ModelProto, feeds: Mapping[str, Any], parameters: frozen
 def _load(converted: Converted) -> CoreMlExecutable:
     """Opens what coremltools wrote into its temporary folder."""
     model = converted.model
-    return CoreMlExecutable(Package(Path(model.package_path), model.get_spec(), Path(model.weights_dir).parent), converted.interface, 1)
+    package = Package(Path(model.package_path), model.get_spec(), Path(model.weights_dir).parent, "model.mlmodel")
+    return CoreMlExecutable(package, converted.interface, 1)
 
 
 def totals(results: Sequence[Outcome]) -> str:

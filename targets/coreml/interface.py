@@ -25,6 +25,9 @@ METADATA = "edgekit.interface"
 NEEDS = "edgekit.deployment_target"
 """Key of the metadata that says, as JSON, for which deployment target the package is written and which operators asked for it."""
 
+RECIPE = "edgekit.recipe"
+"""Key of the metadata that holds the recipe that repeats the compile."""
+
 
 @dataclass(frozen=True)
 class Port:

@@ -17,7 +17,7 @@ from edgekit.errors import LoweringError, MissingToolError, UsageError, nearest
 from edgekit.graph.shapes import infer_shapes
 from edgekit.targets.coreml.compression import parse_storage
 from edgekit.targets.coreml.images import parse_images
-from edgekit.targets.coreml.interface import METADATA, NEEDS, Wishes, parse_states, read_labels
+from edgekit.targets.coreml.interface import METADATA, NEEDS, RECIPE, Wishes, parse_states, read_labels
 from edgekit.targets.coreml.versions import VERSIONS
 
 
@@ -127,6 +127,14 @@ class CoreMl(Target):
         if threads < 1:
             raise UsageError(f"{threads} threads cannot run a model", fix="give a positive number of threads")
         return load_package(path, threads)
+
+    def annotate(self, folder: Path, recipe: str) -> None:
+        """Puts the recipe into the package's metadata, under `edgekit.recipe`."""
+        from edgekit.targets.coreml.reference.package import open_package
+
+        package = open_package(folder / "model.mlpackage")
+        package.spec.description.metadata.userDefined[RECIPE] = recipe
+        (package.weights / package.file).write_bytes(package.spec.SerializeToString())
 
     @classmethod
     def load_file(cls, path: Path, threads: int) -> Executable:

@@ -22,11 +22,13 @@ class Package:
         path: The `.mlpackage` folder.
         spec: Its `Model.proto` message, with an ML Program inside.
         weights: The folder that the program calls `@model_path`.
+        file: Name of the message's file in that folder.
     """
 
     path: Path
     spec: Any
     weights: Path
+    file: str
 
     @property
     def functions(self) -> list[str]:
@@ -67,7 +69,7 @@ def open_package(path: str | Path) -> Package:
             where=str(path),
             fix="convert it again with convert_to='mlprogram' (minimum deployment target iOS15 or newer)",
         )
-    return Package(path, spec, file.parent)
+    return Package(path, spec, file.parent, file.name)
 
 
 def _model_file(path: Path) -> Path:

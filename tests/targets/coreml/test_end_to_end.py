@@ -42,6 +42,9 @@ def test_the_report_says_which_operator_asked_for_the_deployment_target(tiny: Pa
     facts = artifact.report["target"]["facts"]
     assert facts["deployment_target"] == "iOS15", "the weights are too small to be stored in fewer bits"
     assert "evaluator" in facts["executed_by"]
+    recipe = open_package(tmp_path / "out" / "model.mlpackage").spec.description.metadata.userDefined["edgekit.recipe"]
+    assert recipe == (tmp_path / "out" / "recipe.toml").read_text()
+    artifact.verify()
 
 
 def test_a_deployment_target_that_is_too_old_names_the_operator(tmp_path: Path) -> None:
