@@ -211,7 +211,8 @@ def summary(rows: list[Row]) -> list[str]:
     return [
         f"{len(exported)} networks export (goal {COUNT}); {len(good)} of them, {share:.1%} (goal {PASSING:.0%}), meet both goals: "
         f"float32 error at most {ERROR:g}, and top-1 agreement in float16 of at least {AGREEMENT} on clear images.",
-        f"How much hangs on what is called clear (the limit of 1 % was set after the first rows were seen): top-1 agrees on {sum(row.same for row in run)} of all {IMAGES * len(run)} images. "
+        "How much hangs on what is called clear (the limit of 1 % was set after the first rows were seen): top-1 agrees on "
+        f"{sum(row.same for row in run)} of all {IMAGES * len(run)} images. "
         f"Networks where it differs on no image whose two largest logits are further apart than {limits}: "
         f"{strict}.",
     ]
