@@ -68,7 +68,16 @@ def load(module: torch.nn.Module, path: Path) -> None:
         raise SourceError(f"the trained weights do not fit {type(module).__name__}: {error}", where=str(path), fix=retrain) from error
 
 
-def zoo_model(name: str, network: Callable[[], torch.nn.Module], *, input_shape: tuple[int, ...], dataset: str, source: str) -> ZooModel:
+def zoo_model(
+    name: str,
+    network: Callable[[], torch.nn.Module],
+    *,
+    input_shape: tuple[int, ...],
+    dataset: str,
+    source: str,
+    parameters: int | None = None,
+    macs: int | None = None,
+) -> ZooModel:
     """Returns the zoo's entry of a trained network.
 
     Args:
@@ -77,6 +86,8 @@ def zoo_model(name: str, network: Callable[[], torch.nn.Module], *, input_shape:
         input_shape: Shape of the one input, batch axis first.
         dataset: Name of the dataset that it was trained on.
         source: Paper that describes it.
+        parameters: Its parameters, so that listing the zoo does not trace it.
+        macs: Multiply-accumulates of one inference.
 
     The accuracy is the one that the training command measured and wrote into the weights file, None without one.
     """
@@ -91,4 +102,6 @@ def zoo_model(name: str, network: Callable[[], torch.nn.Module], *, input_shape:
         return module.eval()
 
     accuracy = read_facts(path).get("accuracy")
-    return ZooModel(name=name, build=build, input_shape=input_shape, dataset=dataset, accuracy=accuracy, source=source)
+    return ZooModel(
+        name=name, build=build, input_shape=input_shape, dataset=dataset, accuracy=accuracy, source=source, parameters=parameters, macs=macs
+    )

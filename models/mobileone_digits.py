@@ -24,4 +24,6 @@ MODEL = zoo_model(
     input_shape=(1, 1, 32, 32),
     dataset="digits",
     source="Vasu et al. 2023, MobileOne: An Improved One millisecond Mobile Backbone",
+    parameters=231_882,
+    macs=13_783_808,
 )

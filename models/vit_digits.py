@@ -23,4 +23,6 @@ MODEL = zoo_model(
     input_shape=(1, 1, 32, 32),
     dataset="digits",
     source="Dosovitskiy et al. 2021, An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
+    parameters=305_994,
+    macs=22_480_256,
 )
