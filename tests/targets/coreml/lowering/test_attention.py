@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgekit.errors import UnsupportedOpError
-from tests.targets.coreml.lowered import check, lower
-from tests.targets.coreml.node_text import floats, model_of, of_shape, text
+from tests.targets.coreml.lowered import check
+from tests.targets.coreml.node_text import floats, of_shape, text
 
 Q, K, V = (2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 6)
 BOOLS = np.random.default_rng(0).random((2, 1, 3, 5)) > 0.5
@@ -80,10 +79,11 @@ def test_attention_in_half(attributes: str, version: str) -> None:
     check(text(f"y = Attention<{attributes}>(q, k, v)", declared), arrays_of({}), half=True, version=version)
 
 
-def test_lengths_of_keys_are_refused() -> None:
-    declared = "float[1,1,2,4] q, float[1,1,2,4] k, float[1,1,2,4] v, int64[1] n"
-    with pytest.raises(UnsupportedOpError, match="nonpad_kv_seqlen"):
-        lower(model_of(text("y = Attention(q, k, v, , , , n)", declared, opset=24)))
+def test_lengths_of_keys() -> None:
+    """Attention with `nonpad_kv_seqlen` is written out by its definition."""
+    declared = "float[2,1,2,4] q, float[2,1,3,4] k, float[2,1,3,4] v, int64[2] n"
+    arrays = {name: np.random.default_rng(0).normal(size=(2, 1, 2 if name == "q" else 3, 4)).astype(np.float32) for name in "qkv"}
+    check(text("y = Attention(q, k, v, , , , n)", declared, opset=24), arrays | {"n": np.array([2, 3])})
 
 
 ROTATIONS = {
