@@ -207,7 +207,7 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
         found = versions(target.requires)
         text = dump_recipe(recipe, found)
         (folder / RECIPE).write_text(text, encoding="utf-8")
-        target.annotate(folder, text)
+        in_worker(worker, "recipe", native.annotate, target, folder, text)
         report = build_report(recipe, original, compiled, reporter.stages, found, folder)
         write_report(folder / REPORT, report)
     return Artifact(out, report, recipe)

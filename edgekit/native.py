@@ -81,6 +81,11 @@ def lower(target: Target, onnx_path: Path, folder: Path) -> None:
     target.lower(model, folder)
 
 
+def annotate(target: Target, folder: Path, recipe: str) -> None:
+    """Writes the text of the recipe into what `lower` wrote."""
+    target.annotate(folder, recipe)
+
+
 def run_lowered(target: Target, folder: Path, feeds: Sequence[Arrays], threads: int) -> tuple[list[Arrays], dict[str, str]]:
     """Loads what `lower` wrote and runs it once per feed; also returns what the runtime says of itself."""
     executable = target.load(folder, threads)
