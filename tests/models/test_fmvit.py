@@ -26,16 +26,6 @@ from edgekit.models.fmvit import Branch, Rep, affine, conv
 from edgekit.passes.reparameterize.reparameterize import Reparameterize
 from edgekit.progress import Reporter
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small layers spend their time waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 NEXT_VIT_S = (31.7e6, 5.8e9)
 """Published parameters and multiply-accumulates of the neighbour whose widths the reference configuration has."""
 

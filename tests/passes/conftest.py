@@ -19,6 +19,12 @@ from edgekit.graph.shapes import infer_shapes
 HEADER = '<ir_version: 10, opset_import: ["" : 23]>\n'
 
 
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Seeded anew for each test."""
+    return np.random.default_rng(0)
+
+
 @pytest.fixture(scope="session")
 def build() -> Callable[..., ir.Model]:
     """Returns `build(text, arrays)`: a graph without header in ONNX's text form, with initializers, its shapes inferred."""

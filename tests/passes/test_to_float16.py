@@ -17,11 +17,6 @@ CONV = "g (float[1,4,7,5] x) => (float[1,6,5,3] y) { c = Conv(x, w, b)  y = Relu
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
 def arrays(rng):
     return {"w": rng.normal(size=(6, 4, 3, 3)).astype(np.float32), "b": rng.normal(size=6).astype(np.float32)}
 

@@ -9,15 +9,6 @@ from edgekit.models.bt2 import Bt2Head
 from edgekit.recover.compat import CompatWeights, class_means, cluster_classes, compat_loss, cosine_distance
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small layers spend their time waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def vectors():
     rng = np.random.default_rng(0)

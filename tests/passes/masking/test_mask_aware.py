@@ -21,15 +21,6 @@ from edgekit.passes.masking.mask_aware import MaskAware
 from edgekit.passes.reparameterize.fold_batch_norm import FoldBatchNorm
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny convolutions spend their time waiting for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Plain:
     """The layers as they are."""
 

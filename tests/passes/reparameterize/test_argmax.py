@@ -5,22 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekit.contracts import Context, Effect
 from edgekit.graph import interpreter
 from edgekit.passes.reparameterize.argmax import DropMonotonic
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tiny tensors, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_declaration():

@@ -17,20 +17,6 @@ from edgekit.graph.cost import cost
 from edgekit.passes.reparameterize.attention_bias import DropAttentionBias
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tiny tensors, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 @pytest.fixture(scope="session")
 def check(build):
     """Returns a check that the pass removes as many Adds as said and keeps the numbers."""

@@ -19,20 +19,6 @@ from edgekit.passes.reparameterize.center_norm import CenterNorm
 FORCED = CenterNorm(force=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tiny tensors, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 @pytest.fixture(scope="session")
 def check(build):
     """Returns a check that as many layer norms as said become RMS norms and that the numbers stay."""

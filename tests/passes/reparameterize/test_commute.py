@@ -19,20 +19,6 @@ from edgekit.passes.reparameterize.commute import CommuteLinear
 SIZES = {"scales2": np.array([1, 1, 2, 2], np.float32), "sizes": np.array([1, 4, 6, 10], np.int64)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tiny tensors, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 @pytest.fixture(scope="session")
 def check(build, run):
     """Returns a check that the pass rewrites as often as said, keeps the numbers, lowers MACs and finds nothing more."""

@@ -15,15 +15,6 @@ from edgekit.passes.reparameterize.composition import composed_bias_map, compose
 from edgekit.passes.reparameterize.geometry import Geometry, Taps, composed_geometry, is_zero_outside, why_not_composed
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are tiny: a second thread only waits for a core that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def convolve(x, weights, geometry):
     begins, ends = geometry.pads()[:2], geometry.pads()[2:]
     padded = functional.pad(x, (begins[1], ends[1], begins[0], ends[0]))

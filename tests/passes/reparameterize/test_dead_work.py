@@ -82,11 +82,6 @@ def dropped(model, context=None):
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
 def graph(build, rng):
     """Returns `graph(nodes, outputs, inputs=…, shapes)`: a graph whose constants are random of the given shapes, or given as arrays."""
 

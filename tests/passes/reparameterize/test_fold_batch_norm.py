@@ -30,11 +30,6 @@ def norm_arrays(rng, channels, dtype=np.float32):
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
 def arrays(rng):
     weights = {"w": rng.normal(size=(6, 4, 3, 3)).astype(np.float32), "b": rng.normal(size=6).astype(np.float32)}
     return weights | norm_arrays(rng, 6)

@@ -37,20 +37,6 @@ def operators(model):
     return [node.op_type for node in model.graph]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for one another take longer than these small tensors do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 @pytest.fixture(scope="session")
 def folded(build):
     """Returns a check that the pass keeps the function, makes nothing dearer and is idempotent; it gives the model and the context."""

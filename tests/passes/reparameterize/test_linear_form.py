@@ -15,15 +15,6 @@ from edgekit.passes.reparameterize.geometry import Taps, merged_geometry, union
 from edgekit.passes.reparameterize.linear_form import conv_pads, interpret, merged_weights
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are tiny: a second thread only waits for a core that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.builds(Taps, st.integers(-6, 6), st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=4))
 def test_union_contains_every_tap_and_is_the_coarsest(taps):

@@ -18,20 +18,6 @@ from edgekit.passes.reparameterize.fold_batch_norm import FoldBatchNorm
 from edgekit.passes.reparameterize.merge_branches import MergeBranches
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are tiny: a second thread only waits for a core that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 @pytest.fixture
 def arrays(rng):
     shapes = {

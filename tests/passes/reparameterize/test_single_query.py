@@ -105,11 +105,6 @@ def attention(build):
     return make
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def test_declaration():
     assert (AbsorbKeyValue.name, AbsorbKeyValue.effect, AbsorbKeyValue.default_order) == ("absorb-key-value", Effect.EXACT, None)
     assert AbsorbKeyValue.removes == frozenset()

@@ -16,20 +16,6 @@ from edgekit.graph.cost import cost
 from edgekit.passes.reparameterize.small_maps import CropKernels
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tiny tensors, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def test_declaration():
     assert (CropKernels.name, CropKernels.effect, CropKernels.default_order) == ("crop-kernels", Effect.EXACT, None)
 
