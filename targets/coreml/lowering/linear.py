@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from edgekit.graph.ranges import FLOAT16_MAX
 from edgekit.targets.coreml.lowering.builder import Lowering
-from edgekit.targets.coreml.lowering.compressed import transposed
+from edgekit.targets.coreml.lowering.quantized_constants import transposed
 
 _INTEGERS = frozenset({ir.DataType.INT32, ir.DataType.INT64})
 """Integers that MIL multiplies as ONNX does; the others would have to wrap around."""

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit.targets.coreml.lowering.builder import Lowering
-from edgekit.targets.coreml.lowering.compressed import aligned, dequantized_constant
 from edgekit.targets.coreml.lowering.convolution import window
+from edgekit.targets.coreml.lowering.quantized_constants import aligned, dequantized_constant
 
 _RANGES = {
     ir.DataType.INT8: (-128, 127), ir.DataType.UINT8: (0, 255), ir.DataType.INT16: (-32768, 32767), ir.DataType.UINT16: (0, 65535),
