@@ -42,6 +42,22 @@ def conv_package(path: Path) -> Path:
     return save(program, path, "iOS15")
 
 
+def half_package(path: Path) -> Path:
+    """In float16: `y` [4] is x + small + small in two additions, `norm` [1] the L2 norm of x in one operator."""
+    import coremltools as ct
+    from coremltools.converters.mil.mil import Builder as mb
+    from coremltools.converters.mil.mil import Function, Placeholder, Program, types
+
+    inputs = {name: Placeholder((4,), dtype=types.fp16) for name in ("x", "small")}
+    with Function(inputs, opset_version=ct.target.iOS16) as function:
+        x, small = function.inputs["x"], function.inputs["small"]
+        y = mb.add(x=mb.add(x=x, y=small), y=small, name="y")
+        function.set_outputs([y, mb.reduce_l2_norm(x=x, axes=[0], keep_dims=True, name="norm")])
+    program = Program()
+    program.add_function("main", function)
+    return save(program, path, "iOS16")
+
+
 def state_package(path: Path) -> Path:
     """Adds `x` [1, 4] to the state `total` and gives twice the sum as `y`, all in float16."""
     import coremltools as ct

@@ -13,7 +13,7 @@ from edgekit.errors import EdgekitError, LoweringError, SourceError, Unsupported
 from edgekit.targets.coreml import predict
 from edgekit.targets.coreml.reference.evaluator import Evaluator
 from edgekit.targets.coreml.reference.package import open_package
-from tests.targets.coreml.packages import conv_package, state_package
+from tests.targets.coreml.packages import conv_package, half_package, state_package
 
 MODEL = Path("Data") / "com.apple.CoreML" / "model.mlmodel"
 WEIGHTS = Path("Data") / "com.apple.CoreML" / "weights" / "weight.bin"
@@ -161,10 +161,11 @@ def test_states_are_changed_in_place(tmp_path: Path) -> None:
         evaluator.run(ones, {"sum": state["total"]})
 
 
-def test_float16_is_rounded_after_each_operation(tmp_path: Path) -> None:
-    """1 + 2^-11 + 2^-11: two additions in float16 lose both terms, one addition in float32 keeps them (float64 by hand)."""
-    evaluator = Evaluator(state_package(tmp_path / "state.mlpackage"))
-    state = {"total": np.ones((1, 4), np.float16)}
-    for _ in range(2):
-        evaluator.run({"x": np.full((1, 4), 2.0**-11, np.float16)}, state)
-    np.testing.assert_array_equal(state["total"], np.ones((1, 4), np.float16))
+def test_float16_is_rounded_after_each_operation_and_not_within_one(tmp_path: Path) -> None:
+    """1 + 2^-11 is 1 in float16, twice; rounded once only, it would be 1 + 2^-10. 300² exceeds float16, the norm of 300s does not."""
+    evaluator = Evaluator(half_package(tmp_path / "half.mlpackage"))
+    ones, small = np.ones(4, np.float16), np.full(4, 2.0**-11, np.float16)
+    np.testing.assert_array_equal(evaluator.run({"x": ones, "small": small})["y"], ones)
+    found = evaluator.run({"x": ones * 300, "small": small})["norm"]
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, np.array([600], np.float16))
