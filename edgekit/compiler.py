@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from edgekit.contracts import Context, Effect, Pass, Target
 from edgekit.data import declared_inputs
 from edgekit.errors import BudgetError, LoweringError, MissingToolError, ParityError, UnsupportedOpError
 from edgekit.evaluate import Evaluator, Outcome, cast_feeds, in_worker
+from edgekit.flexible import Several, Variant, plan_shapes
 from edgekit.graph.canonicalize import canonicalize
 from edgekit.graph.cost import cost
 from edgekit.graph.files import save_model
@@ -184,11 +185,12 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
     passes = recipe.make_passes(notes) if job.passes is None else list(job.passes)
     recipe.require_skipped(passes)
     inputs = parse_inputs(recipe.inputs)
+    shapes = plan_shapes(inputs, target)
     _require_installed(target)
     recipe = dataclasses.replace(recipe, precision=target.precision, passes=tuple(specs.format_spec(item.name, item) for item in passes))
     threads = recipe.threads or available_threads()
     timed = job.timing.budget_s > 0 and target.executes_here
-    reporter.expect(len(passes) + (8 if timed else 6))
+    reporter.expect(len(passes) + (8 if timed else 6) + (0 if shapes is None else shapes.stages))
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(Worker()) if worker is None else worker
         folder = stack.enter_context(staged(out, is_artifact if force else None))
@@ -200,7 +202,8 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
         if job.timing.budget_s and not timed:
             original.notes.append(f"latency was not measured: {target.name} executes on its own devices, not on this machine")
         evaluator = Evaluator(worker, original.data, scratch, threads)
-        compiled = _optimize_and_lower(recipe, target, passes, original, evaluator, folder, threads, worker, reporter)
+        several = None if shapes is None else Several(shapes, opener, job.module, scratch)
+        compiled = _optimize_and_lower(recipe, target, passes, original, evaluator, folder, several, worker, reporter)
         if timed:
             result = Timed(target, folder, compiled.feed)
             compiled.latency = _measure(original, result, folder / BASELINE, threads, job.timing, recipe.seed, worker, reporter)
@@ -220,7 +223,7 @@ def _optimize_and_lower(
     original: Original,
     evaluator: Evaluator,
     folder: Path,
-    threads: int,
+    several: Several | None,
     worker: Worker,
     reporter: Reporter,
 ) -> Compiled:
@@ -239,10 +242,20 @@ def _optimize_and_lower(
         budget.require_measure(base)
     graph, optimized, results = run_passes(graph, passes, context, evaluator, base, reporter, budget, table, recipe.skip)
     notes += [warning for result in results for warning in result.warnings]
+    variants: list[Variant] = []
+    if several is not None:
+        kept = [item for item, result in zip(passes, results, strict=True) if result.undone is None]
+        variants = several.variants(original, kept, context, recipe.skip)
     stage = f"lower to {target.name}"
     with reporter.stage(stage):
         save_model(graph, folder / OPTIMIZED)
-        _lower(worker, stage, target, folder / OPTIMIZED, folder)
+        if several is None:
+            _lower(worker, stage, [folder / OPTIMIZED], folder, native.lower, target, folder / OPTIMIZED, folder)
+        else:
+            paths = [several.folder / f"variant-{number}.onnx" for number in range(len(variants))]
+            for variant, path in zip(variants, paths, strict=True):
+                save_model(variant.graph, path)
+            _lower(worker, stage, paths, folder, native.lower_sizes, target, paths, several.shapes(variants), folder)
     with reporter.stage("run artifact"):
         feeds = cast_feeds(original.data.calibration, graph)
         lowered = evaluator.run_lowered(target, folder, graph, "run artifact")
@@ -252,12 +265,15 @@ def _optimize_and_lower(
         exact = target.effect is Effect.EXACT
         close = assert_close(optimized.outputs, lowered.outputs, stage=stage, precision=precision) if exact else None
         row = table.add("lowered", lowered, close)
-        if exact and all(result.parity is None or result.effect is Effect.EXACT for result in results):
+        whole = exact and all(result.parity is None or result.effect is Effect.EXACT for result in results)
+        if whole:
             assert_close(original.reference, lowered.outputs, stage="the whole compile", precision=precision)
         if exact:
             notes += _adversarial_notes(stage, evaluator, optimized, lowered, precision)
         original.notes += notes
         _hold_budget(budget, base, lowered, results)
+        held = precision if whole else ""
+        checks = [] if several is None else several.check(variants, original, evaluator, target, folder, graph, held)
         save_parity(folder / PARITY, KeptParity(feeds, original.reference, optimized.outputs if exact else lowered.outputs))
     return Compiled(
         original_cost=cost(original.baseline),
@@ -270,6 +286,7 @@ def _optimize_and_lower(
         inputs=declared_inputs(graph),
         feed=feeds[0],
         parity_table=table.rows,
+        shapes=checks,
     )
 
 
@@ -301,12 +318,14 @@ def _executed_precision(graph: str, target: Target, facts: dict[str, str], notes
     return lowest(graph, executed, facts.get("weights_precision", executed))
 
 
-def _lower(worker: Worker, stage: str, target: Target, source: Path, folder: Path) -> None:
+def _lower(worker: Worker, stage: str, sources: Sequence[Path], folder: Path, function: Callable[..., None], *arguments: Any) -> None:
+    """Calls `function`, which lowers the graphs in `sources` into `folder`."""
     try:
-        in_worker(worker, stage, native.lower, target, source, folder)
+        in_worker(worker, stage, function, *arguments)
     except LoweringError as error:
         # Targets write the graph twice at most: for their compiler, and what it makes of it.
-        if lacks_room(folder, 2 * sum(file.stat().st_size for file in (source, source.with_name(f"{source.name}.data")) if file.exists())):
+        files = [file for source in sources for file in (source, source.with_name(f"{source.name}.data")) if file.exists()]
+        if lacks_room(folder, 2 * sum(file.stat().st_size for file in files)):
             raise full_error(f"stage {stage}", error.what) from error
         raise
 
@@ -342,7 +361,7 @@ def _lower_baseline(original: Original, baseline: Timed, threads: int, worker: W
     """Lowers the uncompressed model as the exporter gives it by default, and checks that it computes what the original does."""
     baseline.folder.mkdir()
     files = save_model(original.baseline, baseline.folder / "source.onnx")
-    _lower(worker, "lower baseline", baseline.target, files[0], baseline.folder)
+    _lower(worker, "lower baseline", files[:1], baseline.folder, native.lower, baseline.target, files[0], baseline.folder)
     for file in files:
         file.unlink()
     outputs, _ = in_worker(worker, "run baseline", native.run_lowered, baseline.target, baseline.folder, [baseline.feed], threads)

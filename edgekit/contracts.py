@@ -115,6 +115,19 @@ class Executable(ABC):
 
 
 @dataclass(frozen=True)
+class Shapes:
+    """The shapes of the inputs that a model takes; each input either way, dimensions of one size included.
+
+    Attributes:
+        ranges: By input name, smallest and largest size of each dimension; empty where shapes are listed.
+        listed: Shapes by input name, the default first; empty where ranges are given.
+    """
+
+    ranges: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    listed: tuple[Mapping[str, tuple[int, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
 class Target(ABC):
     """A format and runtime that a graph is lowered to. Subclasses are frozen dataclasses with the target's options as fields."""
 
@@ -125,6 +138,8 @@ class Target(ABC):
     """The extra of edgekit that installs them."""
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     """The precisions that the target can execute in."""
+    flexible: ClassVar[bool] = False
+    """Whether it has `lower_sizes`, for a model that takes inputs of several shapes."""
     suffix: ClassVar[str] = ""
     """End of the names of files that the target's format has everywhere (`.mlpackage`), where `load_file` opens anybody's."""
 
@@ -148,6 +163,20 @@ class Target(ABC):
             UnsupportedOpError: The graph has an operator that the target cannot express.
             LoweringError: The target's compiler failed.
         """
+
+    def lower_sizes(self, models: Sequence[ir.Model], shapes: Shapes, folder: Path) -> None:
+        """Writes one model for inputs of several shapes into `folder`; only called where `flexible` says that it is there.
+
+        Args:
+            models: The legalized graph at several of the shapes. Where `shapes` lists them, at each in that order.
+            shapes: The shapes that the model must take.
+            folder: Where to write.
+
+        Raises:
+            UnsupportedOpError: A value depends on the shape in a way that the target cannot express.
+            LoweringError: The target's compiler failed.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def load(self, folder: Path, threads: int) -> Executable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
@@ -66,6 +66,9 @@ class Data:
     notes: list[str] = field(default_factory=list)
 
 
+Origin = str | Iterable[Any] | Callable[[dict[str, Declared], int], list[Arrays]] | None
+
+
 def declared_inputs(model: ir.Model) -> dict[str, Declared]:
     """Shapes and dtypes of the graph's inputs, which must be static, by name."""
     declared = {}
@@ -79,7 +82,7 @@ def declared_inputs(model: ir.Model) -> dict[str, Declared]:
 
 
 def load_data(
-    origin: str | Iterable[Any] | None,
+    origin: Origin,
     declared: dict[str, Declared],
     *,
     calibration: int,
@@ -89,7 +92,7 @@ def load_data(
     """Reads the data that the user named.
 
     Args:
-        origin: As on the command line, or an iterable of samples; None: noise.
+        origin: As on the command line, an iterable of samples, or a function that makes a number of batches; None: noise.
         declared: What the graph declares of its inputs.
         calibration: Number of calibration batches.
         seed: Seed of noise, and of which images of a folder are taken.
@@ -101,6 +104,8 @@ def load_data(
     _require_bounded(declared, calibration)
     if origin is None:
         return _noise(declared, calibration, seed)
+    if callable(origin):
+        return Data("batches made for the shapes", origin(declared, calibration))
     if not isinstance(origin, str):
         return Data("an iterable in memory", _from_iterable(origin, "the data", declared, calibration))
     if origin in contracts.datasets.names():

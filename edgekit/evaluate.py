@@ -112,8 +112,8 @@ class Evaluator:
         outcome = self.outcome(outputs) if labelled else Outcome(outputs)
         return dataclasses.replace(outcome, adversarial=adversarial)
 
-    def run_lowered(self, target: Target, folder: Path, model: ir.Model, stage: str) -> Outcome:
-        """Runs what `target` wrote into `folder` for `model`; other arguments and errors as of `run`."""
+    def run_lowered(self, target: Target, folder: Path, model: ir.Model, stage: str, feeds: Sequence[Arrays] | None = None) -> Outcome:
+        """Runs what `target` wrote into `folder` for `model`, on `feeds` alone where they are given; else as `run`."""
         facts: dict[str, str] = {}
 
         def run(feeds: list[Arrays]) -> list[Arrays]:
@@ -122,6 +122,8 @@ class Evaluator:
             facts.update(said)
             return outputs  # type: ignore[no-any-return]
 
+        if feeds is not None:
+            return Outcome(run(list(feeds)), facts=facts)
         outputs, adversarial = self._also_adversarial(self.feeds, run)
         return dataclasses.replace(self.outcome(outputs, facts), adversarial=adversarial)
 

@@ -1,4 +1,7 @@
-"""Input descriptions as users of other tools write them: `x:1,3,224,224`, `x[1,3,224,224]`, `x:1x3x224x224:float32`."""
+"""Input descriptions as users of other tools write them: `x:1,3,224,224`, `x[1,3,224,224]`, `x:1x3x224x224:float32`.
+
+A dimension may take several sizes: `1..8` is a range, `224|256` are alternatives, the first of each being the default.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,12 @@ _DTYPES = {
     "bool": "bool",
 }  # fmt: skip
 
-_SPEC = re.compile(
-    r"(?:(?P<name>.+?)?(?:(?:^|:)(?P<plain>\d+(?:\s*[,x]\s*\d+)*)|\[(?P<bracketed>\s*(?:\d+(?:\s*[,x]\s*\d+)*)?\s*)\]))"
-    r"(?::(?P<dtype>[A-Za-z]+\d*))?"
-)
+_DIM = r"\d+(?:\.\.\d+|(?:\|\d+)+)?"
+_DIMS = rf"{_DIM}(?:\s*[,x]\s*{_DIM})*"
+_SPEC = re.compile(rf"(?:(?P<name>.+?)?(?:(?:^|:)(?P<plain>{_DIMS})|\[(?P<bracketed>\s*(?:{_DIMS})?\s*)\]))(?::(?P<dtype>[A-Za-z]+\d*))?")
+
+Sizes = range | tuple[int, ...]
+"""The sizes that a dimension may take: every one of a range, or alternatives."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,15 @@ class InputSpec:
 
     Attributes:
         name: The input's name; empty stands for the model's only input.
-        shape: All dimensions, batch first; `()` for a scalar.
+        shape: All dimensions, batch first; `()` for a scalar. Of a dimension of several sizes, the default.
         dtype: numpy's name of the dtype; None keeps what the model declares (float32 for a module).
+        sizes: Per dimension the sizes that it may take; empty where the shape is the only one.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str | None = None
+    sizes: tuple[Sizes, ...] = ()
 
 
 def parse_input(text: str) -> InputSpec:
@@ -45,17 +52,31 @@ def parse_input(text: str) -> InputSpec:
         UsageError: It is not a description, a dimension is zero, or the dtype is unknown.
     """
     match = _SPEC.fullmatch(text.strip())
-    fix = "write name:1,3,224,224 or name[1,3,224,224], with :float32 at the end for another dtype"
+    fix = (
+        "write name:1,3,224,224 or name[1,3,224,224], with :float32 at the end for another dtype; 1..8 is a range of sizes, 224|256 are"
+        " alternatives"
+    )
     if match is None:
         raise UsageError(f"'{text}' does not describe an input", fix=fix)
     dims = match["plain"] if match["plain"] is not None else match["bracketed"]
-    shape = tuple(int(dim) for dim in re.findall(r"\d+", dims))
-    if 0 in shape:
+    sizes = tuple(_sizes(dim, text) for dim in re.findall(_DIM, dims))
+    shape = tuple(each[0] for each in sizes)
+    if any(0 in each for each in sizes):
         raise UsageError(f"'{text}' has a dimension of zero", fix=fix)
     dtype = match["dtype"]
     if dtype is not None and dtype.lower() not in _DTYPES:
         raise UsageError(f"'{text}' names an unknown dtype '{dtype}'", fix=f"known: {', '.join(sorted(set(_DTYPES.values())))}")
-    return InputSpec(match["name"] or "", shape, _DTYPES[dtype.lower()] if dtype else None)
+    several = sizes if any(len(each) > 1 for each in sizes) else ()
+    return InputSpec(match["name"] or "", shape, _DTYPES[dtype.lower()] if dtype else None, several)
+
+
+def _sizes(dim: str, text: str) -> Sizes:
+    if ".." in dim:
+        low, high = map(int, dim.split(".."))
+        if low > high:
+            raise UsageError(f"the range {dim} of '{text}' is empty", fix=f"write the smaller size first: {high}..{low}")
+        return range(low, high + 1)
+    return tuple(map(int, dim.split("|")))
 
 
 def parse_inputs(texts: Iterable[str]) -> list[InputSpec]:

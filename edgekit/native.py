@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit.contracts import Arrays, Target
+from edgekit.contracts import Arrays, Shapes, Target
 from edgekit.errors import LoweringError, UnsupportedOpError, UsageError
 from edgekit.graph.files import INLINE_LIMIT
 
@@ -79,6 +79,16 @@ def lower(target: Target, onnx_path: Path, folder: Path) -> None:
     model = ir.load(onnx_path)
     target.legalize(model)
     target.lower(model, folder)
+
+
+def lower_sizes(target: Target, onnx_paths: Sequence[Path], shapes: Shapes, folder: Path) -> None:
+    """Lowers one graph that was saved at several input shapes into `folder` by `target`, legalized first."""
+    import onnx_ir as ir
+
+    models = [ir.load(path) for path in onnx_paths]
+    for model in models:
+        target.legalize(model)
+    target.lower_sizes(models, shapes, folder)
 
 
 def annotate(target: Target, folder: Path, recipe: str) -> None:

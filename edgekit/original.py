@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from edgekit.adversarial import adversarial_batches
 from edgekit.collection import collected_later
 from edgekit.contracts import Arrays
-from edgekit.data import Data, declared_inputs, load_data
+from edgekit.data import Data, Origin, declared_inputs, load_data
 from edgekit.errors import EdgekitError, LoweringError, SourceError, TraceError, UnsupportedOpError
 from edgekit.evaluate import Evaluator, Outcome
 from edgekit.graph.check import check_model
@@ -74,7 +74,7 @@ class Opener:
     Attributes:
         recipe: The recipe.
         inputs: Its input descriptions.
-        data: The data: the recipe's, or an iterable in memory.
+        data: The data: the recipe's, an iterable in memory, or a function that makes it.
         folder: An existing folder for temporary files.
         threads: Threads to run on.
         worker: The process for native code.
@@ -83,7 +83,7 @@ class Opener:
 
     recipe: Recipe
     inputs: Sequence[InputSpec]
-    data: str | Iterable[Any] | None
+    data: Origin
     folder: Path
     threads: int
     worker: Worker

@@ -22,6 +22,9 @@ from edgekit.inputs import InputSpec, parse_input, parse_inputs
         ("1,3,32,32", InputSpec("", (1, 3, 32, 32))),
         ("[1,3]", InputSpec("", (1, 3))),
         ("s[]", InputSpec("s", ())),
+        ("x:1..8,3", InputSpec("x", (1, 3), None, (range(1, 9), (3,)))),
+        ("x[1,224|256x192]:f16", InputSpec("x", (1, 224, 192), "float16", ((1,), (224, 256), (192,)))),
+        ("x:4..4,2", InputSpec("x", (4, 2))),
     ],
 )
 def test_forms(text: str, expected: InputSpec) -> None:
@@ -34,6 +37,11 @@ def test_malformed(text: str) -> None:
         parse_input(text)
     assert caught.value.exit_code == 2
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("text", ["x:3..1", "x:0..4", "x:1|0", "x:1..", "x:|2", "x:1...3", "x:1..2..3"])
+def test_malformed_sizes(text: str) -> None:
+    test_malformed(text)
 
 
 def test_an_input_described_twice() -> None:

@@ -57,7 +57,14 @@ Verbose = Annotated[
         help="Print parity and operators at each stage, and what was left alone and why; with errors, the traceback.",
     ),
 ]
-Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Shape of an input: x:1,3,224,224 or x[1,3,224,224]:float32.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        "-i",
+        help="Shape of an input: x:1,3,224,224 or x[1,3,224,224]:float32; sizes 1..8 or 224|256 where the target takes several.",
+    ),
+]
 Skip = Annotated[list[str] | None, typer.Option(help="A place that a pass leaves alone, PASS:PLACE; repeat for more.")]
 Weights = Annotated[str | None, typer.Option(help="A .safetensors file or state dict to load into the module.")]
 

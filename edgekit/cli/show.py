@@ -108,6 +108,9 @@ def _numbers(report: dict[str, Any]) -> RenderableType:
         elif item["parity"] is not None:
             add(escape(item["spec"]), item["parity"], item["metric"])
     add("artifact", artifact["parity"], artifact["metric"], "bold")
+    for check in artifact.get("shapes", []):
+        shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in check["inputs"].items())
+        add(escape(f"  at {shapes}"), check["parity"], None)
     return table
 
 

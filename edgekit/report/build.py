@@ -12,6 +12,7 @@ from edgekit.artifact import SCHEMA, describe_files
 from edgekit.contracts import Arrays
 from edgekit.data import Declared, declared_inputs
 from edgekit.evaluate import Outcome
+from edgekit.flexible import ShapeCheck
 from edgekit.graph.cost import Cost
 from edgekit.metrics import Metric, difference
 from edgekit.original import Original
@@ -37,6 +38,7 @@ class Compiled:
         inputs: What the optimized graph declares of its inputs.
         feed: One calibration batch in the dtypes of those.
         parity_table: The rows of the parity table.
+        shapes: The artifact against the original model at each further shape of the inputs that was checked.
         latency: The dictionary `latency`, or None where it was not measured.
     """
 
@@ -50,6 +52,7 @@ class Compiled:
     inputs: dict[str, Declared]
     feed: Arrays
     parity_table: list[ParityRow] = field(default_factory=list)
+    shapes: list[ShapeCheck] = field(default_factory=list)
     latency: dict[str, Any] | None = None
 
 
@@ -99,6 +102,7 @@ def build_report(
             "bytes": sum(file["bytes"] for file in files.values()),
             "files": files,
             "parity": compiled.parity.to_dict(),
+            "shapes": [check.to_dict() for check in compiled.shapes],
             "metric": _metric(lowered.test, base.test),
         },
         "latency": compiled.latency,

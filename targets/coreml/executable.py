@@ -73,7 +73,7 @@ class CoreMlExecutable(Executable):
     def __init__(self, package: Package, interface: Interface, threads: int) -> None:
         self._runner = _Runner(package, threads)
         self._interface = interface
-        self._declared = {port.onnx: (np.dtype(port.onnx_dtype), () if port.scalar else port.shape) for port in interface.inputs}
+        self._declared = {port.onnx: (np.dtype(port.onnx_dtype), _taken(port)) for port in interface.inputs}
         self.facts = self._runner.facts | _needs(package)
         self.inputs, self.outputs = tuple(self._declared), tuple(port.onnx for port in interface.outputs)
 
@@ -92,6 +92,11 @@ class CoreMlExecutable(Executable):
         return {
             port.onnx: _from_port(states[port.name] if port.state else _result(results, port), port) for port in self._interface.outputs
         }
+
+
+def _taken(port: Port) -> tuple[int | None, ...]:
+    """The shape of the ONNX input, None for a size that varies."""
+    return () if port.scalar else tuple(None if axis in port.flexible else size for axis, size in enumerate(port.shape))
 
 
 def _needs(package: Package) -> dict[str, str]:
@@ -130,7 +135,9 @@ def _to_port(array: np.ndarray, port: Port) -> np.ndarray:
         )
     if port.colour:  # the pixels that Core ML scales and shifts to these numbers
         array = (array.astype(np.float64) - np.reshape(port.bias, (1, -1, 1, 1))) / port.scale
-    return np.array(array.reshape(port.shape), {"fp32": np.float32, "fp16": np.float16, "int32": np.int32}[port.dtype])
+    return np.array(
+        array.reshape(port.shape) if port.scalar else array, {"fp32": np.float32, "fp16": np.float16, "int32": np.int32}[port.dtype]
+    )
 
 
 def _picture(array: np.ndarray, port: Port) -> Any:

@@ -45,6 +45,7 @@ class Port:
         scale: What an image's pixels are multiplied by.
         bias: What is added to each channel of an image after that.
         labels: Of an output that became a class label: the classes in order.
+        flexible: Of an input that takes several shapes: the axes whose size varies; `shape` is one that it takes.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Port:
     scale: float = 1.0
     bias: tuple[float, ...] = ()
     labels: tuple[str, ...] = ()
+    flexible: tuple[int, ...] = ()
 
     @property
     def description(self) -> str:

@@ -6,19 +6,23 @@ import importlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
-from edgekit.contracts import Effect, Executable, Target
+from edgekit.contracts import Effect, Executable, Shapes, Target
 from edgekit.errors import LoweringError, MissingToolError, UsageError, nearest
 from edgekit.graph.shapes import infer_shapes
 from edgekit.targets.coreml.compression import parse_storage
 from edgekit.targets.coreml.images import parse_images
 from edgekit.targets.coreml.interface import METADATA, NEEDS, RECIPE, Wishes, parse_states, read_labels
 from edgekit.targets.coreml.versions import VERSIONS
+
+if TYPE_CHECKING:
+    from edgekit.targets.coreml.convert import Converted, Options
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class CoreMl(Target):
     extra: ClassVar[str] = "coreml"
     precisions: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
 
+    flexible: ClassVar[bool] = True
     suffix: ClassVar[str] = ".mlpackage"
 
     precision: str = "fp16"
@@ -94,11 +99,32 @@ class CoreMl(Target):
             MissingToolError: The coremltools package is not installed.
         """
         _require_coremltools()
-        from edgekit.targets.coreml.convert import Options, convert
+        from edgekit.targets.coreml.convert import convert
 
         infer_shapes(model)
+        self._save(convert(model, self._options()), folder)
+
+    def lower_sizes(self, models: Sequence[ir.Model], shapes: Shapes, folder: Path) -> None:
+        """Writes `model.mlpackage` into `folder`, for every shape of the inputs in `shapes`.
+
+        Raises:
+            UnsupportedOpError: As of `lower`, or the program depends on the shapes in more than sizes.
+            LoweringError, MissingToolError: As of `lower`.
+        """
+        _require_coremltools()
+        from edgekit.targets.coreml.flexible import convert_sizes
+
+        for model in models:
+            infer_shapes(model)
+        self._save(convert_sizes(models, self._options(), shapes), folder)
+
+    def _options(self) -> Options:
+        from edgekit.targets.coreml.convert import Options
+
         wishes = Wishes(parse_images(self.image_inputs), parse_states(self.states), read_labels(self.class_labels))
-        converted = convert(model, Options(self.precision == "fp16", self.deployment_target, parse_storage(self.weights), wishes))
+        return Options(self.precision == "fp16", self.deployment_target, parse_storage(self.weights), wishes)
+
+    def _save(self, converted: Converted, folder: Path) -> None:
         converted.model.author, converted.model.license = self.author, self.license
         converted.model.short_description = self.description
         converted.model.user_defined_metadata[METADATA] = converted.interface.to_json()

@@ -128,12 +128,27 @@ Ranges = tuple[tuple[int, int], ...]
 
 def _allowed_shapes(kind: Any) -> tuple[Ranges, ...] | None:
     """The shapes that an input of flexible size takes, each as `(smallest, largest)` per dimension (-1: any); None: no flexibility."""
+    if kind.WhichOneof("Type") == "imageType":
+        return _allowed_sizes(kind.imageType)
     array = kind.multiArrayType
     which = array.WhichOneof("ShapeFlexibility")
     if which == "enumeratedShapes":
         return tuple(tuple((int(size), int(size)) for size in shape.shape) for shape in array.enumeratedShapes.shapes)
     if which == "shapeRange":
         return (tuple((int(item.lowerBound), int(item.upperBound)) for item in array.shapeRange.sizeRanges),)
+    return None
+
+
+def _allowed_sizes(image: Any) -> tuple[Ranges, ...] | None:
+    """The same of an image, `[1, C, H, W]`; C is that of its colours, which the program's own type says."""
+    which = image.WhichOneof("SizeFlexibility")
+    free = ((1, 1), (1, -1))
+    if which == "enumeratedSizes":
+        sizes = [(int(size.height), int(size.width)) for size in image.enumeratedSizes.sizes]
+        return tuple((*free, (height, height), (width, width)) for height, width in sizes)
+    if which == "imageSizeRange":
+        spans = (image.imageSizeRange.heightRange, image.imageSizeRange.widthRange)
+        return ((*free, *((int(span.lowerBound), int(span.upperBound)) for span in spans)),)
     return None
 
 
