@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from edgekit.contracts import Context, Effect, Pass
 from edgekit.graph.constants import GraphEditor, constant_array, is_used_once
+from edgekit.graph.finite import is_finite
 from edgekit.graph.fusions.matching import in_range
 from edgekit.graph.shapes import static_shape
 
@@ -282,7 +283,7 @@ def _why_rows_may_be_empty(attention: ir.Node) -> str | None:
     if _input(attention, 6) is not None:
         return "the number of its keys is computed: it may be 0"
     mask = _input(attention, 3)
-    if mask is None:
+    if mask is None or is_finite(mask):
         return None
     array = constant_array(mask)
     if array is None:

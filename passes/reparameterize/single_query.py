@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from edgekit.contracts import Context, Effect, Pass
 from edgekit.graph.constants import GraphEditor, constant_array
+from edgekit.graph.finite import is_finite
 from edgekit.graph.fusions.matching import FIRST_OPSET, insert, opset, take_over
 from edgekit.graph.shapes import static_shape
 from edgekit.passes.reparameterize.boxes import WHOLE
@@ -275,7 +276,7 @@ def _why_biases_stay(attention: ir.Node, keys: Projection, values: Projection) -
     if keys.bias.any() and attention.attributes.get_float("softcap", 0.0) != 0:
         return "the scores are capped, so the bias of the keys is not without effect"
     mask_value = attention.inputs[3] if len(attention.inputs) > 3 else None
-    if mask_value is None or not values.bias.any():
+    if mask_value is None or not values.bias.any() or is_finite(mask_value):
         return None
     mask = constant_array(mask_value)
     if mask is None or not (mask if mask.dtype == bool else np.isfinite(mask)).any(axis=-1).all():
