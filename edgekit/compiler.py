@@ -236,7 +236,7 @@ def _optimize_and_lower(
         base = dataclasses.replace(original.outcome, outputs=canonical.outputs, adversarial=canonical.adversarial)
         table.add("canonical", base, parity)
         notes = _adversarial_notes("canonicalize", evaluator, original.outcome, base, graph_precision(graph))
-    context = Context(original.data.calibration, target.name, np.random.default_rng(recipe.seed))
+    context = Context(original.data.calibration, target.name, np.random.default_rng(recipe.seed), not original.data.noise)
     budget = None if recipe.max_drop is None else Budget(recipe.max_drop)
     if budget is not None:
         budget.require_measure(base)

@@ -52,6 +52,7 @@ class Context:
         calibration: Batches of inputs, each `{input name: array}` in the shapes of the graph's inputs.
         target: Name of the target that the graph is compiled for.
         generator: The seeded source of randomness.
+        has_data: Whether the batches are the user's data, and not noise.
         skip: Places that the pass leaves alone because somebody asked for it, such as a search for a culprit.
         rewrites: Places that were rewritten, in order; filled by `applied`.
         rules: Of a pass that has several rules, how many places each rewrote; filled by `applied`.
@@ -61,6 +62,7 @@ class Context:
     calibration: Sequence[Arrays] = ()
     target: str = ""
     generator: np.random.Generator | None = None
+    has_data: bool = False
     skip: frozenset[str] = frozenset()
     rewrites: list[str] = field(default_factory=list)
     rules: Counter[str] = field(default_factory=Counter)
@@ -93,6 +95,10 @@ class Pass(ABC):
     """Place in the recipe that is used when none is given; None: the pass runs only when asked for."""
     removes: ClassVar[frozenset[str]] = frozenset()
     """Whole operators (see `edgekit.graph.census`) that an exact pass removes together with their computation; it must keep all others."""
+
+    def settings(self) -> Sequence[Pass]:
+        """The settings that an accuracy budget chooses among, the strongest first; itself alone where its strength was given."""
+        return [self]
 
     @abstractmethod
     def apply(self, model: ir.Model, context: Context) -> int:

@@ -53,6 +53,7 @@ class Data:
         held_out: Whether nothing else uses the samples of `test`.
         adversarial: Extreme inputs that every stage also runs on, by kind (see `edgekit.adversarial`).
         notes: What the report must say about the data.
+        noise: Whether nothing was given, and the batches are made up.
     """
 
     origin: str
@@ -64,6 +65,7 @@ class Data:
     held_out: bool = False
     adversarial: dict[str, Arrays] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    noise: bool = False
 
 
 Origin = str | Iterable[Any] | Callable[[dict[str, Declared], int], list[Arrays]] | None
@@ -162,7 +164,8 @@ def _noise(declared: dict[str, Declared], calibration: int, seed: int) -> Data:
                 # The mean is not zero, so that a fault that a symmetric input hides is seen.
                 batch[name] = rng.normal(0.25, 1.0, what.shape).astype(what.dtype)
         batches.append(batch)
-    return Data("seeded noise", batches, notes=["no data was given: parity was measured on seeded noise, accuracy was not"])
+    return Data("seeded noise", batches, notes=["no data was given: parity was measured on seeded noise, accuracy was not"],
+                noise=True)  # fmt: skip
 
 
 def _single_input(declared: dict[str, Declared], origin: str) -> tuple[str, Declared]:

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit import specs
+from edgekit.apply import apply_pass
 from edgekit.contracts import Arrays, Context, Pass, Shapes, Target
 from edgekit.data import Declared, declared_inputs
 from edgekit.errors import EdgekitError, UsageError
@@ -27,7 +28,6 @@ from edgekit.graph.opset import OPSET, to_opset
 from edgekit.graph.shapes import infer_shapes
 from edgekit.inputs import InputSpec
 from edgekit.original import Opener, Original
-from edgekit.pipeline import apply_pass
 from edgekit.progress import Reporter
 from edgekit.verify import Parity, assert_close, compare
 
@@ -276,7 +276,7 @@ def _optimize(original: Original, passes: Sequence[Pass], context: Context, skip
     infer_shapes(graph)
     for item in passes:
         left = context.skip | frozenset(skip.get(item.name, ()))
-        there = Context(original.data.calibration, context.target, context.generator, left)
+        there = Context(original.data.calibration, context.target, context.generator, context.has_data, left)
         apply_pass(item, specs.format_spec(item.name, item), graph, there)
         infer_shapes(graph)
     return graph

@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from edgekit import specs
 from edgekit.adversarial import findings
+from edgekit.apply import apply_pass
 from edgekit.contracts import Context, Effect, Pass, Refusal
-from edgekit.errors import EdgekitError, LoweringError, ParityError, PassError, UnsupportedOpError, UsageError
+from edgekit.errors import LoweringError, ParityError, PassError, UnsupportedOpError, UsageError
 from edgekit.evaluate import Evaluator, Outcome
 from edgekit.graph.census import WholeNode, census, losses, whole_nodes
 from edgekit.graph.cost import Cost, cost
@@ -22,6 +23,7 @@ from edgekit.graph.shapes import infer_shapes
 from edgekit.metrics import MetricDifference, difference
 from edgekit.parity_table import ParityTable
 from edgekit.progress import Reporter
+from edgekit.strength import Trial, doubts, strongest
 from edgekit.verify import Parity, assert_close, compare
 
 
@@ -34,6 +36,7 @@ class PassResult:
         effect: What it promises.
         rewrites: At how many places it rewrote; 0: it found no match.
         rules: Of a pass that has several rules, how many places each rewrote.
+        trials: The settings that were tried for an accuracy budget.
         seconds: Time of the rewriting itself.
         parity: Its outputs against the graph before it; None where it changed nothing.
         cost: Of the graph after it.
@@ -58,6 +61,7 @@ class PassResult:
     undone: str | None = None
     warnings: tuple[str, ...] = ()
     rules: dict[str, int] = field(default_factory=dict)
+    trials: Sequence[Trial] = ()
 
 
 @dataclass
@@ -149,12 +153,16 @@ def run_passes(
     before, wholes = base, whole_nodes(model)
     results = []
     given = context
-    for item in passes:
-        spec = specs.format_spec(item.name, item)
-        with reporter.stage(f"pass {spec}"):
+    no_trials: list[Trial] = []
+    for wanted in passes:
+        with reporter.stage(f"pass {specs.format_spec(wanted.name, wanted)}"):
+            item, trials = wanted, no_trials
+            if budget is not None and wanted.effect is Effect.APPROXIMATE:
+                item, trials = strongest(wanted, model, given, evaluator, base, budget)
+            spec = specs.format_spec(item.name, item)
             kept = model.clone() if budget is not None and item.effect is Effect.APPROXIMATE else None
             left = given.skip | frozenset((skip or {}).get(item.name, ()))
-            context = WatchedContext(given.calibration, given.target, given.generator, left)
+            context = WatchedContext(given.calibration, given.target, given.generator, given.has_data, left)
             state = fingerprint(model)
             start = time.perf_counter()
             rewrites = apply_pass(item, spec, model, context)
@@ -192,29 +200,14 @@ def run_passes(
                 f"pass '{spec}' met no place '{place}', which it was to leave alone" for place in sorted(context.skip - context.met)
             )
             rules = dict(context.rules)
+            warnings += tuple(doubts(trials, budget.max_drop)) if budget is not None else ()
             results.append(
-                PassResult(spec, item.effect, rewrites, seconds, parity, cost(model), metric, *counts, refusals, undone, warnings, rules)
+                PassResult(
+                    spec, item.effect, rewrites, seconds, parity, cost(model), metric, *counts, refusals, undone, warnings, rules, trials
+                )
             )
             before, wholes = after, found
     return model, before, results
-
-
-def apply_pass(item: Pass, spec: str, model: ir.Model, context: Context) -> int:
-    """Applies a pass; whatever else it raises becomes an error that names it.
-
-    Raises:
-        PassError: It raised something that is no error of edgekit.
-    """
-    try:
-        return item.apply(model, context)
-    except EdgekitError:
-        raise
-    except (Exception, SystemExit) as error:  # a pass may be anybody's code
-        raise PassError(
-            f"pass '{spec}' failed: {type(error).__name__}: {error}",
-            where=f"{type(item).__module__}.{type(item).__qualname__}",
-            fix="leave the pass out, or correct it; -v prints the whole error",
-        ) from error
 
 
 def _run(evaluator: Evaluator, model: ir.Model, spec: str) -> Outcome:

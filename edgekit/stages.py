@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit import contracts, native, specs
+from edgekit.apply import apply_pass
 from edgekit.artifact import OPTIMIZED, REPORT, Artifact, open_artifact
 from edgekit.contracts import Context, Pass, Target
 from edgekit.data import declared_inputs, load_data
@@ -25,7 +26,6 @@ from edgekit.graph.shapes import infer_shapes, pin_inputs
 from edgekit.inputs import InputSpec, parse_inputs
 from edgekit.isolation import Worker
 from edgekit.original import example_pins, pin
-from edgekit.pipeline import apply_pass
 from edgekit.recipe import Recipe
 from edgekit.source import Source, open_source
 from edgekit.trace import EXPORTERS, trace
@@ -193,7 +193,7 @@ def _apply(graph: ir.Model, passes: Sequence[Pass], recipe: Recipe, target: str,
     data = load_data(
         recipe.data, declared_inputs(graph), calibration=recipe.calibration, seed=recipe.seed, statistics=source.image_statistics
     )
-    context = Context(data.calibration, target, np.random.default_rng(recipe.seed))
+    context = Context(data.calibration, target, np.random.default_rng(recipe.seed), not data.noise)
     applied: dict[str, int] = {}
     for item in passes:
         spec = specs.format_spec(item.name, item)

@@ -139,6 +139,7 @@ def try_remedy(remedy: Remedy, chain: Chain, judge: Judge, recalibrate: Callable
         calibration=calibration,
         seed=chain.seed,
         skip=skip,
+        has_data=chain.has_data,
     )
     # The graph that is lowered too: a target that computes in more digits would hide that a remedy does not help.
     for position in dict.fromkeys((min(variant.last, len(variant.steps)), variant.last)):

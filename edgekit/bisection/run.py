@@ -130,7 +130,7 @@ def bisect_job(
         chain = Chain(
             original.model, original.reference, original.outcome.outputs, passes, target,
             Evaluator(worker, Data(original.data.origin, original.data.calibration), scratch, threads), worker, scratch,
-            original.data.calibration, recipe.seed, recipe.skip,
+            original.data.calibration, recipe.seed, recipe.skip, not original.data.noise,
         )  # fmt: skip
         with reporter.stage("bisect stages"):
             finding.stage = find_stage(chain, judge)

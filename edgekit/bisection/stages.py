@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit import native, specs
+from edgekit.apply import apply_pass
 from edgekit.bisection.judge import Judge
 from edgekit.bisection.search import Search
 from edgekit.contracts import Arrays, Context, Effect, Pass, Target
@@ -27,7 +28,6 @@ from edgekit.graph.opset import OPSET, to_opset
 from edgekit.graph.precision import graph_precision, lowest
 from edgekit.graph.shapes import infer_shapes
 from edgekit.isolation import Worker
-from edgekit.pipeline import apply_pass
 
 LOWERED = "lowered"
 
@@ -104,6 +104,7 @@ class Chain:
         calibration: Batches that passes may use.
         seed: Seed of every random choice.
         skip: Per pass, the places that it leaves alone.
+        has_data: Whether the batches are the user's data, and not noise.
     """
 
     original: ir.Model
@@ -117,6 +118,7 @@ class Chain:
     calibration: Sequence[Arrays]
     seed: int = 0
     skip: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    has_data: bool = False
     _graphs: dict[int, Rewritten] = field(default_factory=dict)
     _results: dict[int, Result] = field(default_factory=dict)
     _generators: dict[int, np.random.Generator] = field(default_factory=dict)
@@ -161,7 +163,7 @@ class Chain:
         model, generator = before.model.clone(), copy.deepcopy(self._generators[position - 1])
         if position == 1:
             model = to_opset(model, OPSET)
-        context = Context(self.calibration, self.target.name if self.target else "", generator)
+        context = Context(self.calibration, self.target.name if self.target else "", generator, self.has_data)
         context = dataclasses.replace(context, skip=skip | frozenset(self.skip.get(item.name, ())))
         state = fingerprint(model)
         try:

@@ -139,6 +139,7 @@ def _pass(result: PassResult) -> dict[str, Any]:
         "census": {"before": result.census_before, "after": result.census_after},
         "refusals": [{"where": refusal.where, "why": refusal.why} for refusal in result.refusals],
         "undone": result.undone,
+        "trials": [trial.to_dict() for trial in result.trials],
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -10,17 +10,24 @@ import onnx_ir as ir
 
 from edgekit.contracts import Context, Effect, Pass
 from edgekit.errors import UsageError
+from edgekit.graph.cost import cost
 from edgekit.passes.prune_tokens import schedule
 from edgekit.passes.prune_tokens.blocks import Block, blocks_of, find_blocks, prefix_length
+from edgekit.passes.prune_tokens.damage import Damage
 from edgekit.passes.prune_tokens.reduce import CLASS_TOKEN, How, reduce_tokens
 from edgekit.passes.prune_tokens.schedule import Sizes, Step
+from edgekit.passes.prune_tokens.search import Problem, search
 from edgekit.passes.prune_tokens.token_axis import Region, StandsInTheWayError, follow
+from edgekit.passes.prune_tokens.token_cost import token_cost
 
 Method = Literal["auto", "evit", "tome", "ia-red2", "attention-received", "diffrate", "random"]
 _WHERE = "pass 'prune-tokens'"
 _KEEP = 0.7
 _PAIRS = 0.066
 """Pairs that `tome` merges in each block where no number is given, as a share of the tokens: 13 of 197."""
+
+_SHARES = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+"""Shares of the MACs that an accuracy budget chooses among."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class PruneTokens(Pass):
     effect: ClassVar[Effect] = Effect.APPROXIMATE
 
     method: Method = "auto"
-    """`auto` is `tome`."""
+    """`auto`: `diffrate` where there is a budget, data and a class token, else `tome`."""
     keep: float | tuple[float, ...] | None = None
     """Share of tokens that stay, in (0, 1]: one for all layers or one for each. 0.7 where none is given; of `ia-red2` 0.9, 0.7, 0.5."""
     layers: tuple[int, ...] = ()
@@ -63,6 +70,8 @@ class PruneTokens(Pass):
     """Of `diffrate`: tokens after dropping, with the class token, in each block."""
     merge: tuple[int, ...] = ()
     """Of `diffrate`: tokens after merging, with the class token, in each block."""
+    target_macs: float | None = None
+    """Share of the graph's MACs to come down to, instead of counts: of several schedules the one of least damage on calibration data."""
     fuse: bool = True
     """Of `evit`: whether one token is made of those that go."""
     proportional: bool = True
@@ -84,8 +93,25 @@ class PruneTokens(Pass):
             raise UsageError(
                 f"{len(self.prune)} counts to prune to and {len(self.merge)} to merge to", where=_WHERE, fix="give both for each block"
             )
-        if self.method == "diffrate" and not self.prune:
-            raise UsageError("the method 'diffrate' needs counts", where=_WHERE, fix="give 'prune' and 'merge', a count for each block")
+        counted = self.keep is not None or self.r is not None or self.prune or self.layers
+        if self.target_macs is not None and (not 0 < self.target_macs < 1 or counted):
+            raise UsageError(
+                "a budget and counts exclude each other" if counted else f"a budget of {self.target_macs:g} times the MACs",
+                where=f"option 'target_macs' of {_WHERE}",
+                fix="give a share below 1, and leave keep, layers, r, prune and merge out",
+            )
+        if self.method == "diffrate" and not self.prune and self.target_macs is None:
+            raise UsageError(
+                "the method 'diffrate' needs counts or a budget",
+                where=_WHERE,
+                fix="give 'target_macs', or 'prune' and 'merge' for each block",
+            )
+
+    def settings(self) -> list[Pass]:
+        """Budgets of MACs from a quarter to nine tenths, where no counts and no budget were given."""
+        if self.target_macs is not None or self.keep is not None or self.r is not None or self.prune or self.layers:
+            return [self]
+        return [replace(self, target_macs=share) for share in _SHARES]
 
     def apply(self, model: ir.Model, context: Context) -> int:
         """Shortens the stream; returns at how many places, 0 where the schedule leaves all tokens or an operator stands in the way.
@@ -99,18 +125,28 @@ class PruneTokens(Pass):
             return 0
         try:
             region = follow(model.graph, blocks[0].stream)
-            method = "tome" if self.method == "auto" else self.method
+            method = self._chosen(context, region)
             self._require_class_token(method, region)
             sizes = sizes_of(blocks[0], region)
             blocks = blocks_of(model.graph, region.attentions)
-            steps = self._steps(method, sizes)
-            schedule.check_steps(steps)
             how = How(method, sizes.prefix, method == "evit" and self.fuse, self.proportional, self.form,
                       context.generator or np.random.default_rng(0))  # fmt: skip
+            steps = self._steps(method, sizes)
+            if self.target_macs is not None:
+                spent = token_cost(model, blocks, region)
+                budget = self.target_macs * cost(model).macs
+                steps = list(search(Problem(sizes, how, spent, budget, Damage(model, context.calibration))))
+            schedule.check_steps(steps)
             return reduce_tokens(model, blocks, steps, how, lambda block: context.applied(block.name))
         except StandsInTheWayError as error:
             context.refuse(error.where, error.why)
             return 0
+
+    def _chosen(self, context: Context, region: Region) -> str:
+        """The method, of `auto` the one that fits."""
+        if self.method != "auto":
+            return self.method
+        return "diffrate" if self.target_macs is not None and context.has_data and region.picked >= 0 else "tome"
 
     def _require_class_token(self, method: str, region: Region) -> None:
         if method in CLASS_TOKEN and region.picked < 0:
@@ -121,6 +157,8 @@ class PruneTokens(Pass):
             )
 
     def _steps(self, method: str, sizes: Sizes) -> list[Step]:
+        if self.target_macs is not None:
+            return []
         if method == "tome":
             pairs = self.r if self.r is not None else round(_PAIRS * sizes.tokens)
             return schedule.by_pairs(sizes, self._for_each_block(pairs, sizes, "r"))
