@@ -36,8 +36,9 @@ OPTIMIZED = "optimized.onnx"
 PARITY = "parity.npz"
 RECIPE = "recipe.toml"
 REPORT = "report.json"
+TOKENS = "kept_tokens.png"
 SCHEMA = 1
-_OWN_FILES = {OPTIMIZED, f"{OPTIMIZED}.data", PARITY, RECIPE, REPORT}
+_OWN_FILES = {OPTIMIZED, f"{OPTIMIZED}.data", PARITY, RECIPE, REPORT, TOKENS}
 _PARTS = ("inputs", "original", "expected")
 _PARITY_BYTES = 64 * 2**20
 """Batches beyond this many bytes are not kept for a later check."""

@@ -21,13 +21,14 @@ from edgekit.artifact import (
     PARITY,
     RECIPE,
     REPORT,
+    TOKENS,
     Artifact,
     KeptParity,
     is_artifact,
     save_parity,
 )
 from edgekit.collection import collected_later
-from edgekit.contracts import Context, Effect, Pass, Target
+from edgekit.contracts import Arrays, Context, Effect, Pass, Target
 from edgekit.data import declared_inputs
 from edgekit.errors import BudgetError, LoweringError, MissingToolError, ParityError, UnsupportedOpError
 from edgekit.evaluate import Evaluator, Outcome, cast_feeds, in_worker
@@ -49,10 +50,12 @@ from edgekit.profile.host import latency
 from edgekit.progress import Reporter
 from edgekit.recipe import IN_MEMORY, Recipe, dump_recipe, parse_skips
 from edgekit.report.build import Compiled, build_report, write_report
+from edgekit.report.token_picture import token_picture
 from edgekit.staging import full_error, lacks_room, staged
 from edgekit.verify import assert_close, compare
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
 
@@ -275,6 +278,7 @@ def _optimize_and_lower(
         held = precision if whole else ""
         checks = [] if several is None else several.check(variants, original, evaluator, target, folder, graph, held)
         save_parity(folder / PARITY, KeptParity(feeds, original.reference, optimized.outputs if exact else lowered.outputs))
+        pictures = [] if original.data.noise else _draw_tokens(graph, feeds, folder)
     return Compiled(
         original_cost=cost(original.baseline),
         canonical=parity,
@@ -287,7 +291,17 @@ def _optimize_and_lower(
         feed=feeds[0],
         parity_table=table.rows,
         shapes=checks,
+        pictures=pictures,
     )
+
+
+def _draw_tokens(graph: ir.Model, feeds: list[Arrays], folder: Path) -> list[str]:
+    """Writes the picture of which tokens were kept, where the graph leaves some out; returns its name."""
+    picture = token_picture(graph, feeds)
+    if picture is None:
+        return []
+    picture.save(folder / TOKENS)
+    return [TOKENS]
 
 
 def _table(original: Original, evaluator: Evaluator) -> ParityTable:

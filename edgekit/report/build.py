@@ -39,6 +39,7 @@ class Compiled:
         feed: One calibration batch in the dtypes of those.
         parity_table: The rows of the parity table.
         shapes: The artifact against the original model at each further shape of the inputs that was checked.
+        pictures: Names of pictures in the artifact's folder.
         latency: The dictionary `latency`, or None where it was not measured.
     """
 
@@ -53,6 +54,7 @@ class Compiled:
     feed: Arrays
     parity_table: list[ParityRow] = field(default_factory=list)
     shapes: list[ShapeCheck] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
     latency: dict[str, Any] | None = None
 
 
@@ -106,6 +108,7 @@ def build_report(
             "metric": _metric(lowered.test, base.test),
         },
         "latency": compiled.latency,
+        "pictures": compiled.pictures,
         "notes": original.notes,
         "versions": versions,
     }

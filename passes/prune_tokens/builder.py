@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +11,7 @@ import onnx_ir as ir
 from edgekit.graph.constants import GraphEditor
 from edgekit.graph.cost import MODULE_KEY
 from edgekit.graph.shapes import static_shape
+from edgekit.graph.token_steps import Mark, mark
 
 Attributes = Mapping[str, int | float | str | Sequence[int]]
 
@@ -22,10 +24,12 @@ class Builder:
         before: The node that they are inserted before.
         prefix: What their names begin with.
         module: The module that they belong to.
+        step: What `note` says of the step that they carry out.
     """
 
-    def __init__(self, editor: GraphEditor, before: ir.Node, prefix: str, module: str = "") -> None:
+    def __init__(self, editor: GraphEditor, before: ir.Node, prefix: str, module: str = "", step: Mark | None = None) -> None:
         self.editor = editor
+        self._step = step
         self._before = before
         self._prefix = prefix
         self._module = module
@@ -51,6 +55,11 @@ class Builder:
             output.type = ir.TensorType(kind) if kind is not None else None
         self.editor.graph.insert_before(self._before, node)
         return list(node.outputs)
+
+    def note(self, indices: ir.Value, role: str) -> None:
+        """Notes what indices of tokens `[B, k]` are, for those who follow the tokens (`edgekit.graph.token_steps`)."""
+        if self._step is not None:
+            mark(indices, replace(self._step, role=role))
 
     def constant(self, array: np.ndarray | Sequence[int] | float, name: str, like: ir.Value | None = None) -> ir.Value:
         """Adds an initializer, of int64 or of the dtype of `like`."""
@@ -128,6 +137,14 @@ class Builder:
         shape[axis] = count
         wide = self.op("Expand", [self.reshape(indices, inner), self.constant(shape, "shape")], shape)
         return self.op("GatherElements", [tokens, wide], shape, axis=axis)
+
+    def with_prefix(self, places: ir.Value, prefix: int) -> ir.Value:
+        """Indices into all tokens, the first `prefix` in front, from those `[B, k]` into the tokens after them."""
+        if not prefix:
+            return places
+        batch = shape_of(places)[0]
+        front = self.constant(np.arange(prefix)[None].repeat(batch, 0), "prefix")
+        return self.concat([front, self.binary("Add", places, self.constant(prefix, "offset"))], 1)
 
     def equal(self, count: int, indices: ir.Value, like: ir.Value) -> ir.Value:
         """The matrix `[B, count, k]` that is 1 where the index `[B, k]` of a column is the row, else 0."""

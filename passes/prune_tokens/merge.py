@@ -82,9 +82,12 @@ def _merged(
     _, source = build.top_k(best, pairs, name="sources")
     _, rest = build.top_k(best, evens - pairs, largest=False, name="rest")
     in_order, _ = build.top_k(build.cast(rest, even), evens - pairs, largest=False, name="order")
-    stay = build.take(even, build.cast(in_order, ir.DataType.INT64))
+    stay_at = build.cast(in_order, ir.DataType.INT64)
+    stay = build.take(even, stay_at)
     moved = build.take(even, source)
     target = build.op("GatherElements", [partner, source], (batch, pairs), "targets", axis=1)
+    for indices, role in ((stay_at, "stay"), (source, "sources"), (target, "targets")):
+        build.note(indices, role)
     if form == "scatter":
         where = build.op("Expand", [build.reshape(target, (batch, pairs, 1)), build.constant((batch, pairs, width), "shape")],
                          (batch, pairs, width))  # fmt: skip
@@ -138,6 +141,7 @@ def prune_and_merge(build: Builder, tokens: ir.Value, scores: ir.Value, sizes: i
     batch, count, width = shape_of(tokens)
     sizes = _for_each_sample(build, sizes, batch)
     _, places = build.top_k(scores, keep)
+    build.note(places, "kept")
     both = build.take(build.cut(build.concat([tokens, sizes], 2), 1, prefix, count), places)
     front = build.concat([build.cut(tokens, 1, 0, prefix), build.cut(sizes, 1, 0, prefix)], 2) if prefix else None
     target = build.cut(both, 1, 0, targets)
@@ -154,7 +158,9 @@ def _absorbed(build: Builder, target: ir.Value, source: ir.Value, width: int) ->
     x, moved = build.cut(target, 2, 0, width), build.cut(source, 2, 0, width)
     likeness = build.matmul(_unit(build, moved), build.transpose(_unit(build, x)), "likeness")
     best, partner = build.top_k(likeness, 1)
-    pairs = build.equal(targets, build.reshape(partner, (batch, sources)), x)
+    partner = build.reshape(partner, (batch, sources))
+    build.note(partner, "absorbed")
+    pairs = build.equal(targets, partner, x)
     number = build.binary("Add", build.reduce("ReduceSum", pairs, 2, keepdims=True), 1.0)
     mean = build.binary("Div", build.binary("Add", x, build.matmul(pairs, moved)), number)
     gained = build.matmul(pairs, build.binary("Mul", build.cut(source, 2, width, width + 1), build.reshape(best, (batch, sources, 1))))

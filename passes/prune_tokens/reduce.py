@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from edgekit.graph.constants import GraphEditor
 from edgekit.graph.cost import MODULE_KEY
+from edgekit.graph.token_steps import Mark
 from edgekit.passes.prune_tokens import merge, select
 from edgekit.passes.prune_tokens.blocks import Block, find_blocks
 from edgekit.passes.prune_tokens.builder import Builder, shape_of
@@ -18,9 +19,6 @@ from edgekit.passes.prune_tokens.resize import Take, check, shrink
 from edgekit.passes.prune_tokens.schedule import Step
 from edgekit.passes.prune_tokens.scores import attention_received, class_attention, queries_and_keys
 from edgekit.passes.prune_tokens.token_axis import Region, follow
-
-KEPT = "edgekit.prune_tokens.kept"
-"""Metadata key of a node that gives out the indices of the tokens that stay, `[B, k]`: the block's number and the length of the prefix."""
 
 CLASS_TOKEN = frozenset({"evit", "ia-red2", "diffrate"})
 """Methods whose scores come from a class token."""
@@ -126,7 +124,8 @@ def _reduce(
     readers = {node for node, _ in stream.uses()}
     first = next(node for node in editor.graph if node in readers)
     module = block.add.metadata_props.get(MODULE_KEY, "")
-    build = Builder(editor, first, f"{block.name}/prune_tokens", module)
+    mark = Mark(step.block, region.count, how.prefix, "")
+    build = Builder(editor, first, f"{block.name}/prune_tokens", module, mark)
     shorter, take, after = _shortened(build, block, stream, step, how, sizes, starts)
     check(region, can_take=take is not None)
     shrink(editor, region, stream, shorter, shape_of(shorter)[1], set(editor.graph) - before, take or _nothing)
@@ -163,11 +162,14 @@ def _shortened(
         else:
             scores = attention_received(build, block.attention, how.prefix)
         selected = select.keep_highest(build, stream, scores, step.keep, how.prefix, fuse=how.fuse, form=how.form)
-    indices = selected.indices
-    producer = indices.producer()
-    if producer is not None:
-        producer.metadata_props[KEPT] = f"{step.block},{how.prefix}"
-    return selected.tokens, None if how.fuse else lambda inner, value, axis: inner.take(value, indices, axis), None
+    indices: list[ir.Value] = []
+
+    def take(inner: Builder, value: ir.Value, axis: int) -> ir.Value:
+        if not indices:  # made where the tokens are chosen, and only if they are needed
+            indices.append(build.with_prefix(selected.places, how.prefix))
+        return inner.take(value, indices[0], axis)
+
+    return selected.tokens, None if how.fuse else take, None
 
 
 def _weigh(editor: GraphEditor, attentions: Sequence[ir.Node], sizes: ir.Value) -> None:

@@ -16,11 +16,11 @@ class Selected:
 
     Attributes:
         tokens: They, `[B, count, C]`.
-        indices: Where they were, `[B, kept]`; of a token that was made of others there is none.
+        places: Where they were among the tokens after the prefix, `[B, kept]`; of a token that was made of others there is none.
     """
 
     tokens: ir.Value
-    indices: ir.Value
+    places: ir.Value
 
 
 def keep_highest(build: Builder, tokens: ir.Value, scores: ir.Value, keep: int, prefix: int, *, fuse: bool, form: str) -> Selected:
@@ -44,22 +44,16 @@ def keep_highest(build: Builder, tokens: ir.Value, scores: ir.Value, keep: int, 
         whole = build.matmul(build.reshape(scores, (batch, 1, count - prefix)), patches)
         part = build.matmul(build.reshape(best, (batch, 1, keep)), kept)
         parts.append(build.binary("Sub", whole, part))
-    return Selected(build.concat([part for part in parts if shape_of(part)[1]], 1), _with_prefix(build, places, prefix, batch))
+    build.note(places, "fused" if fuse else "kept")
+    return Selected(build.concat(parts, 1), places)
 
 
 def keep_fixed(build: Builder, tokens: ir.Value, places: np.ndarray, prefix: int) -> Selected:
     """Keeps the first `prefix` tokens and those at `places` after them, alike for every input."""
-    batch = shape_of(tokens)[0]
-    indices = build.constant(np.concatenate([np.arange(prefix), places + prefix])[None].repeat(batch, 0), "kept")
-    return Selected(build.take(tokens, indices), indices)
-
-
-def _with_prefix(build: Builder, places: ir.Value, prefix: int, batch: int) -> ir.Value:
-    """Indices into all tokens from those into the tokens after the prefix."""
-    if not prefix:
-        return places
-    front = build.constant(np.arange(prefix)[None].repeat(batch, 0), "prefix")
-    return build.concat([front, build.binary("Add", places, build.constant(prefix, "offset"))], 1)
+    batch, count, _ = shape_of(tokens)
+    kept = build.constant(places[None].repeat(batch, 0), "kept")
+    build.note(kept, "kept")
+    return Selected(build.concat([build.cut(tokens, 1, 0, prefix), build.take(build.cut(tokens, 1, prefix, count), kept)], 1), kept)
 
 
 def _by_rank(build: Builder, scores: ir.Value, keep: int) -> tuple[ir.Value, ir.Value]:
