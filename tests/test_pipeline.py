@@ -15,7 +15,7 @@ import pytest
 from edgekit.adversarial import adversarial_batches
 from edgekit.contracts import Context, Effect, Pass
 from edgekit.data import Data, Declared
-from edgekit.errors import EdgekitError, ParityError, PassError
+from edgekit.errors import BudgetError, EdgekitError, ParityError, PassError, UsageError
 from edgekit.evaluate import Evaluator, Outcome
 from edgekit.isolation import Worker
 from edgekit.pipeline import Budget, run_passes
@@ -85,6 +85,63 @@ def adversarial(worker: Worker, tmp_path: Path):
         return run_passes(model, passes, Context(data.calibration), evaluator, evaluator.run(model, "base"), Reporter())
 
     return run
+
+
+def strengths(*columns: int, forbidden: int = -1) -> Pass:
+    """A pass that removes the weights of the first `columns` classes; `settings` offers each of them, `forbidden` cannot be done."""
+
+    @dataclass(frozen=True)
+    class Zero(Pass):
+        name: ClassVar[str] = "zero-columns"
+        effect: ClassVar[Effect] = Effect.APPROXIMATE
+
+        count: int = 0
+
+        def settings(self) -> list[Pass]:
+            return [Zero(count) for count in columns] if not self.count else [self]
+
+        def apply(self, model: ir.Model, context: Context) -> int:
+            if self.count == forbidden:
+                raise UsageError("not as many", fix="ask for less")
+            value = model.graph.initializers["w"]
+            assert value.const_value is not None
+            changed = value.const_value.numpy().copy()
+            changed[:, : self.count] = -100
+            value.const_value = ir.tensor(changed, name="w")
+            return 1
+
+    return Zero()
+
+
+def test_the_strongest_setting_within_the_budget_is_chosen(run) -> None:
+    """Every prediction is the last class: three columns can go, four cannot; five cannot be done at all."""
+    model, _, (result,) = run(strengths(5, 4, 3, 2, 1, forbidden=5), budget=1.0)
+    assert result.spec == "zero-columns{count=3}"
+    assert result.undone is None
+    assert [(trial.spec, trial.within) for trial in result.trials] == [
+        ("zero-columns{count=5}", False), ("zero-columns{count=4}", False), ("zero-columns{count=3}", True),
+    ]  # fmt: skip
+    assert result.trials[0].macs is None
+    assert result.trials[1].metric is not None
+    assert result.trials[1].metric.difference < -0.01
+    assert any("too few to be sure" in warning for warning in result.warnings)
+    weights = model.graph.initializers["w"].const_value
+    assert weights is not None
+    np.testing.assert_array_equal(weights.numpy()[:, 3], [4, 8, 12])
+
+
+def test_no_setting_within_the_budget_lists_what_was_tried(run) -> None:
+    with pytest.raises(BudgetError) as caught:
+        run(strengths(4, 5), budget=1.0)
+    assert caught.value.exit_code == 6
+    for text in ("zero-columns{count=4}", "zero-columns{count=5}", "MACs", "points ["):
+        assert text in caught.value.what
+
+
+def test_without_a_budget_no_setting_is_tried(run) -> None:
+    _, _, (result,) = run(strengths(4, 3))
+    assert result.spec == "zero-columns"
+    assert result.trials == []
 
 
 def test_an_exact_pass_that_keeps_the_numbers(run) -> None:
