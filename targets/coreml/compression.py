@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import UsageError
+from edgekit.targets.coreml.constexpr import affine, blockwise, rounded_scale
 
 SMALLEST = 512
 """Tensors of fewer elements stay as they are: a palette and its scales would weigh as much."""
@@ -152,8 +153,8 @@ def stored(array: np.ndarray, storage: Storage, axis: int, modern: bool, name: s
     if storage.kind == "sparse":
         return _sparse(array, modern, name)
     if storage.kind == "int8":
-        return _affine(array, axis, modern, name)
-    return _blockwise(array, axis, storage.block, name)
+        return _channels(array, axis, modern, name)
+    return _blocks(array, axis, storage.block, name)
 
 
 def _palette(array: np.ndarray, bits: int, modern: bool, name: str) -> Any:
@@ -183,23 +184,17 @@ def _sparse(array: np.ndarray, modern: bool, name: str) -> Any | None:
     return mb.constexpr_sparse_to_dense(nonzero_data=array[mask], mask=mask.astype(np.uint8).astype(bit), name=name)
 
 
-def _affine(array: np.ndarray, axis: int, modern: bool, name: str) -> Any:
-    from coremltools.converters.mil.mil import Builder as mb
-
+def _channels(array: np.ndarray, axis: int, modern: bool, name: str) -> Any | None:
     data, scale = quantize_channels(array, axis)
-    typed = scale.astype(array.dtype)
+    rounded = rounded_scale(scale, array.dtype)
+    if rounded is None:
+        return None
     if modern:
-        shape = [-1 if index == axis else 1 for index in range(array.ndim)]
-        return mb.constexpr_blockwise_shift_scale(data=data, scale=typed.reshape(shape), name=name)
-    return mb.constexpr_affine_dequantize(
-        quantized_data=data, zero_point=np.zeros_like(scale, np.int8), scale=typed, axis=np.int32(axis), name=name
-    )
+        return blockwise(data, rounded.reshape([-1 if index == axis else 1 for index in range(array.ndim)]), None, "int8", name)
+    return affine(data, rounded, np.zeros_like(scale, np.int8), axis, name)
 
 
-def _blockwise(array: np.ndarray, axis: int, block: int, name: str) -> Any:
-    from coremltools.converters.mil.mil import Builder as mb
-    from coremltools.converters.mil.mil import types
-
+def _blocks(array: np.ndarray, axis: int, block: int, name: str) -> Any | None:
     data, scale = quantize_blocks(array, 1 if axis == 0 else 0, block)
-    typed = data.astype(types.nptype_from_builtin(types.int4))
-    return mb.constexpr_blockwise_shift_scale(data=typed, scale=scale.astype(array.dtype), name=name)
+    rounded = rounded_scale(scale, array.dtype)
+    return None if rounded is None else blockwise(data, rounded, None, "int4", name)

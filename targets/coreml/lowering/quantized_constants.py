@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from edgekit.targets.coreml.constexpr import affine, blockwise, rounded_scale
 from edgekit.targets.coreml.lowering.builder import Lowering
 
 _LEAST_SIZE = 2048
 """Smaller constants stay plain, as in coremltools' own compression: they are not worth an operator."""
-_ROUNDING = 2.0**-10
-"""How much, relatively, a scale may change when it is rounded to the precision of the program."""
 
 
 def aligned(array: np.ndarray, shape: Sequence[int], axis: int, block: int) -> np.ndarray:
@@ -69,43 +68,18 @@ class Quantized:
 
     def __call__(self, b: Lowering, name: str) -> Any:
         """A constexpr operator of MIL; None where the deployment target, the type or the precision of the program has none."""
-        with np.errstate(over="ignore", under="ignore"):
-            rounded = self.scale.astype(np.float16 if b.half else np.float32)
-        if not np.all(np.abs(rounded.astype(np.float32) - self.scale) <= _ROUNDING * np.abs(self.scale)):
+        scale = rounded_scale(self.scale, np.float16 if b.half else np.float32)
+        if scale is None:
             return None
         data = np.ascontiguousarray(self.data)
         if not self.block and data.dtype in (np.int8, np.uint8):
-            return _affine(b, name, data, rounded, self.zero, self.axis) if b.at_least("iOS16") else None
-        return _blockwise(b, name, data, rounded, self.zero, self.axis, self.block) if b.at_least("iOS18") else None
-
-
-def _affine(b: Lowering, name: str, data: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int) -> Any:
-    from coremltools.converters.mil.mil import Builder
-
-    if scale.size == 1:
-        scale, zero, axis = scale.reshape(()), zero.reshape(()), 0
-    return Builder.constexpr_affine_dequantize(
-        quantized_data=data,
-        scale=scale if scale.ndim else scale[()],
-        zero_point=zero if zero.ndim else zero[()],
-        axis=np.int32(axis),
-        name=b.unique(name),
-    )
+            return affine(data, scale, self.zero, self.axis, b.unique(name)) if b.at_least("iOS16") else None
+        return _blockwise(b, name, data, scale, self.zero, self.axis, self.block) if b.at_least("iOS18") else None
 
 
 def _blockwise(b: Lowering, name: str, data: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int, block: int) -> Any:
-    from coremltools.converters.mil.mil import Builder, types
-
-    kind = {"int4": types.int4, "uint4": types.uint4, "int8": types.int8, "uint8": types.uint8}.get(data.dtype.name)
-    if kind is None or (block and scale.shape[axis] * block != data.shape[axis]):
+    if data.dtype.name not in ("int4", "uint4", "int8", "uint8") or (block and scale.shape[axis] * block != data.shape[axis]):
         return None
     if not block or scale.ndim != data.ndim:
         scale, zero = aligned(scale, data.shape, axis, 0), aligned(zero, data.shape, axis, 0)
-    stored = types.nptype_from_builtin(kind)
-    offset = zero.astype(np.int8 if kind in (types.int4, types.int8) else np.uint8).astype(stored)
-    return Builder.constexpr_blockwise_shift_scale(
-        data=data.astype(np.int8 if kind in (types.int4, types.int8) else np.uint8).astype(stored),
-        scale=scale,
-        offset=offset if zero.astype(np.int32).any() else None,
-        name=b.unique(name),
-    )
+    return blockwise(data, scale, zero, data.dtype.name, b.unique(name))

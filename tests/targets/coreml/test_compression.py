@@ -117,6 +117,21 @@ def test_error_follows_the_bits(form: str, version: str) -> None:
             assert 2.0 ** -(storage.bits + 3) < noise < 2.0 ** -(storage.bits - 1.3), noise
 
 
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_scales_that_vanish_in_float16_leave_weights_as_they_are(form: str) -> None:
+    """Weights near 1e-6 are numbers of float16; their scales of 1e-8 and 1e-7 are none, or hardly."""
+    storage = parse_storage(form)
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 23]> net (float[4,96] tokens) => (float[4,64] z) { z = MatMul(tokens, matrix) }'
+    )
+    weights = (np.random.default_rng(0).normal(size=(96, 64)) * 1e-6).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "matrix"))
+    feeds = {"tokens": np.full((4, 96), 100, np.float32)}
+    found = run(lower(model, half=True, storage=storage), feeds)["z"]
+    np.testing.assert_array_equal(found, run(lower(model, half=True), feeds)["z"])
+    assert np.abs(found).max() > 1e-4
+
+
 def test_wrong_forms() -> None:
     for text in ("palette3", "int5", "int4:x", "palette", "int4:1"):
         with pytest.raises(UsageError, match="weights"):
