@@ -112,13 +112,16 @@ def _nearest_even(b: Lowering, x: Any) -> Any:
 
 
 def _padded(b: Lowering, place: Any, size: int, padding: str, aligned: bool) -> Any:
-    """Places beyond the border, moved as the padding mode says."""
-    low, high = (0.0, size - 1.0) if aligned else (-0.5, size - 0.5)
-    if padding == "zeros":
+    """Places beyond the border, moved back where the padding mode reflects.
+
+    With "border" each of the elements around the place is held to the border, as in PyTorch and ONNX Runtime, and not the place itself, as
+    in ONNX's reference: the two differ where cubic weights reach beyond the neighbours.
+    """
+    if padding != "reflection":
         return place
-    moved = _clip(b, place, 0.0, size - 1.0) if padding == "border" else _reflected(b, place, low, high)
+    low, high = (0.0, size - 1.0) if aligned else (-0.5, size - 0.5)
     outside = b.op("logical_or", x=b.op("less", x=place, y=low), y=b.op("greater", x=place, y=high))
-    return b.op("select", cond=outside, a=moved, b=place)
+    return b.op("select", cond=outside, a=_reflected(b, place, low, high), b=place)
 
 
 def _clip(b: Lowering, x: Any, low: float, high: float) -> Any:
