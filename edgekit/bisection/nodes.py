@@ -9,12 +9,12 @@ import onnx_ir as ir
 
 from edgekit.bisection.judge import Judge
 from edgekit.bisection.matching import Names, counterparts, same_node
-from edgekit.bisection.parts import frontier, part, reads
 from edgekit.bisection.runner import Runner
 from edgekit.bisection.search import Search
 from edgekit.contracts import Arrays, Target
 from edgekit.errors import LoweringError, UnsupportedOpError
 from edgekit.graph.cost import MODULE_KEY
+from edgekit.graph.parts import frontier, part, reads
 
 _STRICTER = (1.0, 0.1, 0.01, 0.001)
 """A small fault may pass the limit only where a later node enlarges it: the limit is lowered until a node that was rewritten is found."""

@@ -12,12 +12,12 @@ import onnx_ir as ir
 from edgekit import native
 from edgekit.bisection.judge import Judge
 from edgekit.bisection.nodes import NodeFound
-from edgekit.bisection.parts import part
 from edgekit.bisection.runner import Runner, outputs_by_interpreter
 from edgekit.contracts import Arrays, Target
 from edgekit.errors import LoweringError, UnsupportedOpError
 from edgekit.evaluate import in_worker
 from edgekit.graph.files import save_model
+from edgekit.graph.parts import part
 from edgekit.specs import format_spec
 from edgekit.staging import staged
 

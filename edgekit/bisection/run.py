@@ -15,7 +15,6 @@ from edgekit import specs
 from edgekit.bisection.finding import Finding
 from edgekit.bisection.judge import Judge
 from edgekit.bisection.nodes import NodeFound, Pair, find_lowered_node, find_node
-from edgekit.bisection.parts import part
 from edgekit.bisection.remedy import candidates, try_remedy
 from edgekit.bisection.reproduce import is_reproducer, write_reproducer
 from edgekit.bisection.rewrites import find_rewrites
@@ -27,6 +26,7 @@ from edgekit.contracts import Arrays, Pass
 from edgekit.data import Data, declared_inputs, load_data
 from edgekit.errors import EdgekitError, OutputError, ParityError, UsageError
 from edgekit.evaluate import Evaluator
+from edgekit.graph.parts import part
 from edgekit.graph.precision import graph_precision, lowest
 from edgekit.inputs import parse_inputs
 from edgekit.isolation import Worker

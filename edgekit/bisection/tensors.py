@@ -10,10 +10,10 @@ import onnx_ir as ir
 from edgekit.bisection.judge import Judge
 from edgekit.bisection.nodes import NodeFound, Pair, between
 from edgekit.bisection.particulars import Difference, difference
-from edgekit.bisection.parts import isolated, part
 from edgekit.bisection.runner import Runner, rounded
 from edgekit.contracts import Arrays
 from edgekit.errors import LoweringError, SourceError, UnsupportedOpError
+from edgekit.graph.parts import isolated, part
 
 Operands = list[np.ndarray | None]
 

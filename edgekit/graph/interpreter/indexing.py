@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from edgekit.graph.interpreter.registry import operator
-from edgekit.graph.interpreter.values import Carried, DataType, NotSupportedError, scalar
+from edgekit.graph.interpreter.values import Carried, DataType, NotSupportedError, is_vmapped, scalar
 
 
 def _wrapped(indices: Tensor, size: int) -> Tensor:
     """Indices counted from the front, checked: torch's own check is missing in some kernels."""
     indices = indices.to(torch.int64)
+    if is_vmapped(indices):  # no element can be looked at
+        return torch.where(indices < 0, indices + size, indices)
     if indices.numel():
         low, high = torch.aminmax(indices)
         if low < -size or high >= size:

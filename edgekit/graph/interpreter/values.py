@@ -252,6 +252,11 @@ def integers(value: Any) -> list[int]:
     return list(value)
 
 
+def is_vmapped(tensor: Tensor) -> bool:
+    """Whether the tensor is one sample of a batch inside `torch.func.vmap`, where control flow cannot depend on elements."""
+    return bool(torch._C._functorch.is_batchedtensor(tensor))
+
+
 def scalar(value: Any, default: Any = None) -> Any:
     """The Python number of a tensor of one element, or of an attribute; `default` for None."""
     if value is None:
