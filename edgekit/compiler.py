@@ -49,6 +49,7 @@ from edgekit.pipeline import Budget, PassResult, run_passes
 from edgekit.profile.host import latency
 from edgekit.progress import Reporter
 from edgekit.recipe import IN_MEMORY, Recipe, dump_recipe, parse_skips
+from edgekit.recovery import Wish, checkpoint_of, recover_graph, require_possible
 from edgekit.report.build import Compiled, build_report, write_report
 from edgekit.report.token_picture import token_picture
 from edgekit.staging import full_error, lacks_room, staged
@@ -57,6 +58,10 @@ from edgekit.verify import assert_close, compare
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
+
+
+RECOVERY_INPUTS = 256
+"""Calibration inputs where none are asked for and the graph is to be recovered."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Job:
         data: An iterable of samples in memory, or None.
         passes: The passes in memory, or None for those of the recipe.
         timing: How long to measure latency.
+        resume: Whether to take up a recovery that was killed.
     """
 
     recipe: Recipe
@@ -89,6 +95,7 @@ class Job:
     data: Iterable[Any] | None = None
     passes: Sequence[Pass] | None = None
     timing: Timing = Timing()
+    resume: bool = False
 
 
 def compile(
@@ -102,8 +109,9 @@ def compile(
     out: str | Path | None = None,
     inputs: Sequence[str] = (),
     weights: str | None = None,
-    calibration: int = 8,
+    calibration: int | None = None,
     max_drop: float | None = None,
+    recover: float | None = None,
     seed: int = 0,
     threads: int = 0,
     skip: Sequence[str] = (),
@@ -124,8 +132,9 @@ def compile(
         out: The artifact's folder; None: a temporary one that lives as long as the returned artifact.
         inputs: Shapes of inputs, such as `x:1,3,224,224`.
         weights: A `.safetensors` file or state dict to load into the module.
-        calibration: Number of calibration inputs.
+        calibration: Number of calibration inputs; None: 8, and 256 where the graph is to be recovered.
         max_drop: The most that approximate passes may cost, in percentage points.
+        recover: Minutes to train the graph towards what it was before the first approximate pass.
         seed: Seed of every random choice.
         threads: Threads that the target runs on; 0: all that this process may use.
         skip: Places that a pass leaves alone, each `PASS:PLACE`.
@@ -146,8 +155,9 @@ def compile(
         data=data if data is None or isinstance(data, str) else f"{IN_MEMORY}{type(data).__qualname__}",
         inputs=tuple(inputs),
         weights=weights,
-        calibration=calibration,
+        calibration=calibration or (8 if recover is None else RECOVERY_INPUTS),
         max_drop=max_drop,
+        recover=recover,
         seed=seed,
         threads=threads,
         skip=parse_skips(skip),
@@ -189,11 +199,12 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
     recipe.require_skipped(passes)
     inputs = parse_inputs(recipe.inputs)
     shapes = plan_shapes(inputs, target)
+    require_possible(recipe.recover, shapes is not None, job.resume)
     _require_installed(target)
     recipe = dataclasses.replace(recipe, precision=target.precision, passes=tuple(specs.format_spec(item.name, item) for item in passes))
     threads = recipe.threads or available_threads()
     timed = job.timing.budget_s > 0 and target.executes_here
-    reporter.expect(len(passes) + (8 if timed else 6) + (0 if shapes is None else shapes.stages))
+    reporter.expect(len(passes) + (8 if timed else 6) + (0 if shapes is None else shapes.stages) + (recipe.recover is not None))
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(Worker()) if worker is None else worker
         folder = stack.enter_context(staged(out, is_artifact if force else None))
@@ -206,7 +217,12 @@ def run_job(job: Job, out: Path, *, force: bool = False, reporter: Reporter, wor
             original.notes.append(f"latency was not measured: {target.name} executes on its own devices, not on this machine")
         evaluator = Evaluator(worker, original.data, scratch, threads)
         several = None if shapes is None else Several(shapes, opener, job.module, scratch)
-        compiled = _optimize_and_lower(recipe, target, passes, original, evaluator, folder, several, worker, reporter)
+        wish = None
+        if recipe.recover is not None:
+            wish = Wish(recipe.recover, recipe.recover_steps, recipe.seed, threads, checkpoint_of(out), job.resume)
+        compiled = _optimize_and_lower(recipe, target, passes, original, evaluator, folder, several, wish, worker, reporter)
+        if compiled.recovered is not None:
+            recipe = dataclasses.replace(recipe, recover_steps=compiled.recovered.steps)
         if timed:
             result = Timed(target, folder, compiled.feed)
             compiled.latency = _measure(original, result, folder / BASELINE, threads, job.timing, recipe.seed, worker, reporter)
@@ -227,6 +243,7 @@ def _optimize_and_lower(
     evaluator: Evaluator,
     folder: Path,
     several: Several | None,
+    wish: Wish | None,
     worker: Worker,
     reporter: Reporter,
 ) -> Compiled:
@@ -243,7 +260,15 @@ def _optimize_and_lower(
     budget = None if recipe.max_drop is None else Budget(recipe.max_drop)
     if budget is not None:
         budget.require_measure(base)
-    graph, optimized, results = run_passes(graph, passes, context, evaluator, base, reporter, budget, table, recipe.skip)
+    teachers: list[ir.Model] = []
+    keep = None if wish is None else teachers.append
+    graph, optimized, results = run_passes(graph, passes, context, evaluator, base, reporter, budget, table, recipe.skip, keep)
+    recovered = None
+    if wish is not None and not teachers:
+        notes.append("there is nothing to recover: no approximate pass ran")
+    elif wish is not None:
+        optimized, recovered = recover_graph(graph, teachers[0], original.data.calibration, wish, evaluator, reporter)
+        table.add("recover", optimized, compare(base.outputs, optimized.outputs))
     notes += [warning for result in results for warning in result.warnings]
     variants: list[Variant] = []
     if several is not None:
@@ -292,6 +317,7 @@ def _optimize_and_lower(
         parity_table=table.rows,
         shapes=checks,
         pictures=pictures,
+        recovered=recovered,
     )
 
 

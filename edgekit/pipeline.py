@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -128,6 +128,7 @@ def run_passes(
     budget: Budget | None = None,
     table: ParityTable | None = None,
     skip: Mapping[str, Sequence[str]] | None = None,
+    keep: Callable[[ir.Model], None] | None = None,
 ) -> tuple[ir.Model, Outcome, list[PassResult]]:
     """Applies `passes` in order.
 
@@ -141,6 +142,8 @@ def run_passes(
         budget: The accuracy budget, if there is one.
         table: Gets a row a pass that is kept.
         skip: Per name of a pass, the places that it leaves alone; one that does not come up is warned of.
+        keep: Is given a copy of the graph before the first approximate pass. What the passes cost is to be won back then, so that none is
+            undone for it.
 
     Returns:
         The rewritten graph, its outcome, and what each pass did.
@@ -151,7 +154,7 @@ def run_passes(
     """
     table = ParityTable(evaluator.adversarial) if table is None else table
     before, wholes = base, whole_nodes(model)
-    results = []
+    results: list[PassResult] = []
     given = context
     no_trials: list[Trial] = []
     for wanted in passes:
@@ -160,6 +163,8 @@ def run_passes(
             if budget is not None and wanted.effect is Effect.APPROXIMATE:
                 item, trials = strongest(wanted, model, given, evaluator, base, budget)
             spec = specs.format_spec(item.name, item)
+            if keep is not None and item.effect is Effect.APPROXIMATE and all(result.effect is Effect.EXACT for result in results):
+                keep(model.clone())
             kept = model.clone() if budget is not None and item.effect is Effect.APPROXIMATE else None
             left = given.skip | frozenset((skip or {}).get(item.name, ()))
             context = WatchedContext(given.calibration, given.target, given.generator, given.has_data, left)
@@ -182,7 +187,7 @@ def run_passes(
                 after = _run(evaluator, model, spec)
                 precision = graph_precision(model)
                 parity = _judge(item, spec, before, after, precision)
-                undone = budget.exceeded(base, after) if budget is not None else None
+                undone = budget.exceeded(base, after) if budget is not None and keep is None else None
                 if lost := _lost_values(before, after):
                     if kept is None:
                         raise PassError(f"pass '{spec}' {lost}", fix="keep the nodes that overflow in float32, or leave the pass out")

@@ -21,7 +21,7 @@ def _go_on() -> None:
 
 
 class Reporter:
-    """Keeps the stages and says nothing; the command line's reporters override the three hooks.
+    """Keeps the stages and says nothing; the command line's reporters override the hooks.
 
     Attributes:
         stages: The finished stages.
@@ -51,6 +51,9 @@ class Reporter:
 
     def started(self, name: str, seconds: float | None) -> None:
         """Is told that a stage began, and how long it takes where that is known."""
+
+    def said(self, text: str) -> None:
+        """Is told how the running stage stands, many times."""
 
     def finished(self, stage: StageTime) -> None:
         """Is told that a stage ended."""

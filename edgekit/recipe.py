@@ -44,6 +44,8 @@ class Recipe:
         seed: Seed of every random choice.
         threads: Threads that the target runs on; 0: all that this process may use.
         skip: Per name of a pass, the places (node names) that it leaves alone, as `edgekit bisect` proposes them.
+        recover: Minutes to train the graph towards what it was before the first approximate pass; None: not at all.
+        recover_steps: Steps of each level of that training, which a compile turns its minutes into; given, they repeat it.
     """
 
     model: str
@@ -58,6 +60,8 @@ class Recipe:
     seed: int = 0
     threads: int = 0
     skip: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    recover: float | None = None
+    recover_steps: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.calibration < 1:
@@ -68,6 +72,8 @@ class Recipe:
             raise RecipeError(f"threads = {self.threads} is more than {_MOST_THREADS}", fix="give 0 for all threads, or their number")
         if self.max_drop is not None and not 0.0 <= self.max_drop < math.inf:
             raise RecipeError(f"max_drop = {self.max_drop:g} is not a number from 0", fix="give percentage points, such as 0.5")
+        if self.recover is not None and not 0.0 < self.recover < math.inf:
+            raise RecipeError(f"recover = {self.recover:g} is no time", fix="give minutes, such as 3")
         if not 0 <= self.seed < _SEEDS:
             raise RecipeError(f"seed = {self.seed} is not a whole number from 0 to 2^63 - 1", fix="give one of those")
 
@@ -130,8 +136,8 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"the recipe is not valid TOML: {error}", where=str(path), fix="correct the file at that line") from error
     table.pop("versions", None)
     try:
-        skip = _read_skip(table.pop("skip", {}))
-        recipe = dataclasses.replace(specs.make(Recipe, table, "the recipe"), skip=skip)
+        skip, steps = _read_skip(table.pop("skip", {})), _read_steps(table.pop("recover_steps", {}))
+        recipe = dataclasses.replace(specs.make(Recipe, table, "the recipe"), skip=skip, recover_steps=steps)
     except RecipeError as error:
         raise RecipeError(error.what, where=str(path), fix=error.fix) from error
     return _with_absolute_paths(recipe, path.parent)
@@ -162,6 +168,12 @@ def _read_skip(table: Any) -> dict[str, tuple[str, ...]]:
     return {name: tuple(places) for name, places in table.items()}
 
 
+def _read_steps(table: Any) -> dict[str, int]:
+    if not isinstance(table, dict) or not all(type(count) is int and count >= 0 for count in table.values()):
+        raise RecipeError("'recover_steps' of the recipe is not a table of steps", fix="leave it out: minutes are turned into steps again")
+    return dict(table)
+
+
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with every path that leads from `folder` to something made absolute; names of models and datasets stay."""
 
@@ -188,4 +200,6 @@ def dump_recipe(recipe: Recipe, versions: dict[str, str]) -> str:
     skip = {name: list(places) for name, places in table.pop("skip").items() if places}
     if skip:
         table["skip"] = skip
+    if not table["recover_steps"]:
+        del table["recover_steps"]
     return tomli_w.dumps({**table, "versions": versions})

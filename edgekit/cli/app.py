@@ -104,8 +104,12 @@ def compile_command(
         list[str] | None,
         typer.Option("--image-input", help="Core ML: an input of images, NAME:SCALE,BIAS,COLOUR; repeatable."),
     ] = None,
-    calibration: Annotated[int | None, typer.Option(help="Number of calibration inputs. Default: 8.")] = None,
+    calibration: Annotated[int | None, typer.Option(help="Number of calibration inputs. Default: 8; 256 with --recover.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Most that approximate passes may cost, in percentage points.")] = None,
+    recover: Annotated[
+        float | None, typer.Option(help="Minutes to win back what approximate passes cost, by training towards the uncompressed graph.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up a --recover that was killed.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice. Default: 0.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that the target runs on. Default: all.")] = None,
     skip: Skip = None,
@@ -115,7 +119,7 @@ def compile_command(
     verbose: Verbose = False,
 ) -> None:
     """Compile a model: trace, rewrite, check, lower, measure."""
-    from edgekit.compiler import Job, Timing, run_job
+    from edgekit.compiler import RECOVERY_INPUTS, Job, Timing, run_job
 
     given = {
         "model": model,
@@ -125,8 +129,9 @@ def compile_command(
         "precision": precision,
         "inputs": tuple(inputs) if inputs else None,
         "weights": weights,
-        "calibration": calibration,
+        "calibration": RECOVERY_INPUTS if calibration is None and recover is not None else calibration,
         "max_drop": max_drop,
+        "recover": recover,
         "seed": seed,
         "threads": threads,
         "skip": _skips(skip),
@@ -136,7 +141,7 @@ def compile_command(
         full = _with_target_option(full, "image_inputs", image_inputs)
     folder = out or Path(f"{_short_name(full.model)}-{full.target.partition('{')[0]}.edgekit")
     with reporting(quiet or as_json) as reporter:
-        artifact = run_job(Job(full, timing=Timing(budget_s=seconds)), folder, force=force, reporter=reporter)
+        artifact = run_job(Job(full, timing=Timing(budget_s=seconds), resume=resume), folder, force=force, reporter=reporter)
     if as_json:
         _print_json(context, artifact.report)
     elif not quiet:

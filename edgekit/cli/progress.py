@@ -90,6 +90,11 @@ class BarReporter(Reporter):
         if seconds is not None:
             self._clocked = self._progress.add_task(f"  {escape(name)}", total=seconds, clocked=True)
 
+    def said(self, text: str) -> None:
+        """Shows it beside the bar of a stage whose length is known."""
+        if self._clocked is not None:
+            self._progress.update(self._clocked, description=f"  {escape(text)}")
+
     def finished(self, stage: StageTime) -> None:
         """Moves the bar on and leaves a line of the finished stage above it."""
         if self._clocked is not None:

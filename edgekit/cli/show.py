@@ -82,8 +82,10 @@ def _numbers(report: dict[str, Any]) -> RenderableType:
     table = Table(
         title=f"what it cost ({escape(data['source'])}, {data['calibration']} calibration inputs)",
         title_justify="left",
-        caption="canonical against the exported graph, each pass against the graph before it, the artifact against the original model's "
-        "own outputs" + ("" if metric is None else f"; accuracy on {_samples(metric, data)}, points against the original"),
+        caption="canonical against the exported graph, each pass against the graph before it, "
+        + ("what was recovered against the canonical graph, " if report.get("recover") else "")
+        + "the artifact against the original model's own outputs"
+        + ("" if metric is None else f"; accuracy on {_samples(metric, data)}, points against the original"),
         caption_justify="left",
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -107,6 +109,8 @@ def _numbers(report: dict[str, Any]) -> RenderableType:
             table.add_row(escape(f"{item['spec']} was undone: {item['undone']}"))
         elif item["parity"] is not None:
             add(escape(item["spec"]), item["parity"], item["metric"])
+    if recovered := next((row for row in report["parity_table"] if row["stage"] == "recover"), None):
+        add("recover", recovered["data"]["previous"], None)
     add("artifact", artifact["parity"], artifact["metric"], "bold")
     for check in artifact.get("shapes", []):
         shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in check["inputs"].items())

@@ -20,6 +20,7 @@ from edgekit.parity_table import ParityRow
 from edgekit.pipeline import PassResult
 from edgekit.progress import StageTime
 from edgekit.recipe import Recipe
+from edgekit.recover.settings import Recovered
 from edgekit.verify import Parity
 
 
@@ -40,6 +41,7 @@ class Compiled:
         parity_table: The rows of the parity table.
         shapes: The artifact against the original model at each further shape of the inputs that was checked.
         pictures: Names of pictures in the artifact's folder.
+        recovered: What was won back, None where that was not asked for.
         latency: The dictionary `latency`, or None where it was not measured.
     """
 
@@ -55,6 +57,7 @@ class Compiled:
     parity_table: list[ParityRow] = field(default_factory=list)
     shapes: list[ShapeCheck] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
+    recovered: Recovered | None = None
     latency: dict[str, Any] | None = None
 
 
@@ -109,6 +112,7 @@ def build_report(
         },
         "latency": compiled.latency,
         "pictures": compiled.pictures,
+        "recover": None if compiled.recovered is None else compiled.recovered.to_dict(),
         "notes": original.notes,
         "versions": versions,
     }

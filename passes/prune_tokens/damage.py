@@ -15,7 +15,7 @@ from edgekit.passes.prune_tokens.reduce import How, reduce_tokens
 from edgekit.passes.prune_tokens.schedule import Step
 from edgekit.passes.prune_tokens.token_axis import follow
 
-_MOST_BATCHES = 64
+_MOST_BATCHES = 32
 
 
 class Damage:
