@@ -101,7 +101,7 @@ def segments(task: Task) -> list[Segment]:
         done.update(name for name, _ in here)
         student = part(task.student, [values[pair.name]], stops)
         teacher = part(task.teacher, [others[pair.name]], [] if before is None else [others[before.name]])
-        trainable = tuple(name for name in floats(student) if name in task.names and name not in taken)
+        trainable = tuple(sorted(name for name in floats(student) if name in task.names and name not in taken))
         taken.update(trainable)
         found.append(
             Segment(pair, before, task.student, values[pair.name], tuple(stops), teacher, here, trainable, _linear(values[pair.name]))

@@ -9,10 +9,15 @@ from torch import Tensor
 
 
 class _Through(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, result: Tensor) -> Tensor:
-        ctx.dtype = tensor.dtype
+    def forward(tensor: Tensor, result: Tensor) -> Tensor:
         return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -20,10 +25,15 @@ class _Through(torch.autograd.Function):
 
 
 class _Sign(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
+    def forward(tensor: Tensor) -> Tensor:
         return torch.sign(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -33,11 +43,17 @@ class _Sign(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, selected: Tensor, scores: Tensor) -> Tensor:
+    def forward(selected: Tensor, scores: Tensor) -> Tensor:
+        return selected.view_as(selected)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        selected, scores = inputs
         ctx.save_for_backward(selected)
         ctx.shape, ctx.dtype = scores.shape, scores.dtype
-        return selected.view_as(selected)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
