@@ -249,7 +249,8 @@ class ZooModel:
 
     Attributes:
         name: Its name on the command line.
-        build: Makes the module with its trained weights, in evaluation mode.
+        build: Makes the module with its trained weights, in evaluation mode; its parameters, which have defaults, are options of the
+            model, as in `lookupvit{tokens=49}`.
         input_shape: Shape of the one input, batch axis first, `[B, C, H, W]`.
         dataset: Name of the dataset that it was trained on, if any.
         accuracy: Top-1 on that dataset's test part, as measured by the training command.
@@ -259,7 +260,7 @@ class ZooModel:
     """
 
     name: str
-    build: Callable[[], torch.nn.Module]
+    build: Callable[..., torch.nn.Module]
     input_shape: tuple[int, ...]
     dataset: str | None = None
     accuracy: float | None = None

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from edgekit.contracts import ZooModel
 from edgekit.errors import EdgekitError, MissingToolError, SourceError, UsageError, nearest
 from edgekit.inputs import InputSpec
 from edgekit.quiet import muted
+from edgekit.specs import split_spec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -73,8 +74,9 @@ def open_source(model: str, inputs: Sequence[InputSpec] = (), weights: str | Non
     """
     path = Path(model)
     suffix = path.suffix.lower()
-    if model in contracts.models.names():
-        source = _from_zoo(contracts.models.get(model), inputs, seed)
+    if model.partition("{")[0] in contracts.models.names():
+        name, settings = split_spec(model)
+        source = _from_zoo(contracts.models.get(name), settings, inputs, seed)
     elif model.startswith("timm:"):
         source = _from_timm(model.removeprefix("timm:"), inputs, seed)
     elif suffix == ".onnx":
@@ -122,9 +124,14 @@ def from_module(module: torch.nn.Module, example_inputs: Any, inputs: Sequence[I
     return Source(name, module=module, example_inputs=_as_tensors(module, name, example_inputs))
 
 
-def _from_zoo(zoo: ZooModel, inputs: Sequence[InputSpec], seed: int) -> Source:
+def _from_zoo(zoo: ZooModel, settings: Mapping[str, Any], inputs: Sequence[InputSpec], seed: int) -> Source:
+    known = inspect.signature(zoo.build).parameters
+    for setting in settings:
+        if setting not in known:
+            fix = nearest(setting, known) if known else f"give its name alone: {zoo.name}"
+            raise UsageError(f"model '{zoo.name}' has no option '{setting}'", fix=fix)
     try:
-        module = zoo.build()
+        module = zoo.build(**settings)
     except EdgekitError:
         raise
     except USER_ERRORS as error:  # a model of the zoo may be anybody's code

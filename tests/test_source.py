@@ -158,3 +158,17 @@ def test_an_exported_program(tmp_path: Path) -> None:
         open_source(str(tmp_path / "cut.pt2"))
     with pytest.raises(UsageError, match="fixes its input shapes"):
         open_source(str(tmp_path / "two.pt2"), [InputSpec("left", (2, 3))])
+
+
+def test_options_of_a_model_of_the_zoo() -> None:
+    """The number of compressed tokens is chosen when the model is deployed; what is unknown is named."""
+    from edgekit.source import open_source
+
+    module = open_source("lookupvit_tiny{tokens=25}").module
+    assert module is not None
+    assert module.resize.shape == (25, 64)
+    with pytest.raises(UsageError, match="no option 'token'") as caught:
+        open_source("lookupvit_tiny{token=25}")
+    assert "tokens" in str(caught.value.fix)
+    with pytest.raises(SourceError, match="square"):
+        open_source("lookupvit_tiny{tokens=8}")
