@@ -1,14 +1,16 @@
 """Pruned transformers against whole ones: speed on two runtimes, and accuracy without training.
 
     python -m benchmarks.prune_tokens [--seconds S] [--threads T] [--targets openvino onnxruntime] [--profile]
-    python -m benchmarks.prune_tokens --digits [--seeds 5]
+    python -m benchmarks.prune_tokens --digits [--fewer 1.4 2] [--seeds 5]
 
 The first times a ViT of DeiT-S's size (224 pixels, patches of 16, width 384, 12 blocks, 6 heads; random weights) in turn with what each
 method makes of it, all after the pass `reparameterize`. Where a goal is missed, or with `--profile`, ONNX Runtime's own profile says what
 the choosing of tokens costs by operator, and what the others gain.
 
-The second prunes the zoo's trained `vit_digits` to about 1.4 times fewer MACs by each method and prints its accuracy on the 597 digits that
-nothing was chosen on. Random places are the mean over several seeds.
+The second prunes the zoo's trained `vit_digits` to so many times fewer MACs by each method, with one share for all layers and with
+schedules that are searched on calibration digits. It prints the accuracy on the 597 digits that nothing was chosen on, what that is in
+points against the whole network, and the divergence of class scores from the whole network's. Random places are the mean over several
+seeds.
 """
 
 from __future__ import annotations
@@ -47,8 +49,6 @@ COUNTS = (  # Chen et al. 2023, DeiT-S at 2.9 G
     (197, 196, 190, 168, 150, 139, 129, 117, 99, 78, 58, 3),
     (197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3),
 )
-FEWER = 1.4
-"""MACs of the whole network over those of the pruned one, for accuracy."""
 OWN = "/prune_tokens/"
 """In the names of the nodes that choose tokens."""
 
@@ -179,19 +179,6 @@ def print_profile(name: str, whole: Mapping[tuple[bool, str], float], other: Map
     print("  others: " + ", ".join(f"{op} {whole.get((False, op), 0.0):.1f} > {ms:.1f}" for op, ms in rest.items() if ms >= 0.2))
 
 
-def strongest(model: ir.Model, options: Callable[[int], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The first of ever stronger settings, numbered 1 to 100, with `FEWER` times fewer MACs."""
-    low, high = 1, 100
-    whole = cost(model).macs
-    while low < high:
-        middle = (low + high) // 2
-        if whole >= FEWER * cost(pruned(model, options(middle))).macs:
-            high = middle
-        else:
-            low = middle + 1
-    return options(high)
-
-
 SCHEDULES: dict[str, Callable[[int], Mapping[str, Any]]] = {
     "evit": lambda part: {"method": "evit", "keep": 1 - part / 101},
     "evit, no fuse": lambda part: {"method": "evit", "keep": 1 - part / 101, "fuse": False},
@@ -203,51 +190,90 @@ SCHEDULES: dict[str, Callable[[int], Mapping[str, Any]]] = {
 SEARCHED = ("diffrate", "tome", "evit", "ia-red2", "attention-received")
 
 
-def digits(seeds: int) -> None:
+def weakest(model: ir.Model, schedule: Callable[[int], Mapping[str, Any]], fewer: float) -> Mapping[str, Any] | None:
+    """The first of ever stronger settings, numbered 1 to 100, with so many times fewer MACs; None: no such setting."""
+    low, high = 1, 100
+    whole = cost(model).macs
+    while low < high:
+        middle = (low + high) // 2
+        if whole >= fewer * cost(pruned(model, schedule(middle))).macs:
+            high = middle
+        else:
+            low = middle + 1
+    options = schedule(high)
+    return options if whole >= fewer * cost(pruned(model, options)).macs else None
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The trained network and the digits that it is tried on.
+
+    Attributes:
+        whole: Its graph.
+        images: `[S, 1, 32, 32]`.
+        labels: `[S]`.
+        batch: How many it takes at once.
+        scores: What it gives, `[S, 10]`.
+    """
+
+    whole: ir.Model
+    images: np.ndarray
+    labels: np.ndarray
+    batch: int
+    scores: np.ndarray
+
+    def row(self, name: str, graphs: list[ir.Model]) -> None:
+        """Prints accuracy and divergence of pruned graphs, of several their means."""
+        results = [scores_of(graph, self.images, self.batch) for graph in graphs]
+        right = [result.argmax(-1) == self.labels for result in results]
+        base = self.scores.argmax(-1) == self.labels
+        accuracy = 100 * float(np.mean(right))
+        spread = f"{100 * min(map(np.mean, right)):.2f} to {100 * max(map(np.mean, right)):.2f} %"
+        if len(right) == 1:
+            _, low, high = paired_difference(base, right[0])
+            spread = f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+        ratio = cost(self.whole).macs / cost(graphs[0]).macs
+        nats = float(np.mean([divergence(self.scores, result) for result in results]))
+        print(f"{name:40}{ratio:10.2f}x{accuracy:9.2f}%{accuracy - 100 * base.mean():+8.2f}{nats:9.4f}  {spread}", flush=True)
+
+
+def digits(fewer: float, seeds: int) -> None:
     """Prints the table of accuracies."""
     data, zoo = datasets.get("digits")(), models.get("vit_digits")
-    images, labels = data.inputs["test"], data.labels["test"]
-    batch = 199  # 597 are three of it
+    images, labels, batch = data.inputs["test"], data.labels["test"], 199  # 597 are three of it
     whole = canonical(zoo.build(), (batch, *zoo.input_shape[1:]))
-    base = correct(whole, images, labels, batch)
-    calibration = ({"x": np.concatenate([data.inputs["calibrate"]])[:batch]},)
-    print(f"vit_digits, {len(labels)} held-out digits: {100 * base.mean():.2f} % of {cost(whole).macs / batch / 1e6:.2f} MMACs")
-    print(f"{'':32}{'fewer MACs':>11}{'accuracy':>10}{'points':>8}  95 % interval")
-    for name, schedule in SCHEDULES.items():
-        options = strongest(whole, schedule)
-        tried = range(seeds) if name == "random" else range(1)
-        graphs = [pruned(whole, options, seed) for seed in tried]
-        results = [correct(graph, images, labels, batch) for graph in graphs]
-        chosen = ", ".join(f"{key} {value}" for key, value in options.items() if key in ("keep", "r") and not isinstance(value, tuple))
-        _row(name + (f" (mean of {seeds})" if name == "random" else ""), whole, graphs[0], base, results, chosen)
-    for name in SEARCHED:
-        graph = pruned(whole, {"method": name, "target_macs": 1 / FEWER}, calibration=calibration)
-        _row(f"{name}, schedule searched", whole, graph, base, [correct(graph, images, labels, batch)], "")
-
-
-def _row(name: str, whole: ir.Model, graph: ir.Model, base: np.ndarray, results: list[np.ndarray], chosen: str) -> None:
-    accuracy = float(np.mean([result.mean() for result in results]))
-    interval = ""
-    if len(results) == 1:
-        _, low, high = paired_difference(base, results[0])
-        interval = f"[{100 * low:+.2f}, {100 * high:+.2f}]"
-    else:
-        interval = f"{100 * min(result.mean() for result in results):.2f} to {100 * max(result.mean() for result in results):.2f} %"
+    tried = Digits(whole, images, labels, batch, scores_of(whole, images, batch))
+    accuracy = 100 * (tried.scores.argmax(-1) == labels).mean()
+    print(f"\nvit_digits, {len(labels)} held-out digits: {accuracy:.2f} % of {cost(whole).macs / batch / 1e6:.2f} MMACs")
     print(
-        f"{name:32}{cost(whole).macs / cost(graph).macs:10.2f}x{100 * accuracy:9.2f}%{100 * (accuracy - base.mean()):+8.2f}  {interval}  {chosen}",
-        flush=True,
+        f"{'at least ' + format(fewer, 'g') + ' times fewer MACs':40}{'fewer':>11}{'accuracy':>10}{'points':>8}{'nats':>9}  95 % interval"
     )
+    for name, schedule in SCHEDULES.items():
+        options = weakest(whole, schedule, fewer)
+        if options is None:
+            print(f"{name:40} cannot")
+            continue
+        number = seeds if name == "random" else 1
+        label = name + (f", mean of {seeds}, from and to" if name == "random" else "")
+        tried.row(label, [pruned(whole, options, seed) for seed in range(number)])
+    calibration = ({"x": data.inputs["calibrate"][:batch]},)
+    for name in SEARCHED:
+        tried.row(f"{name}, schedule searched", [pruned(whole, {"method": name, "target_macs": 1 / fewer}, calibration=calibration)])
 
 
-def correct(model: ir.Model, images: np.ndarray, labels: np.ndarray, batch: int) -> np.ndarray:
-    """Whether each prediction is right, `[S]`, in ONNX Runtime."""
+def divergence(expected: np.ndarray, found: np.ndarray) -> float:
+    """KL(expected ‖ found) of class scores `[S, K]` in nats, mean over samples."""
+    first, second = (torch.from_numpy(scores).double().log_softmax(-1) for scores in (expected, found))
+    return float(torch.nn.functional.kl_div(second, first, log_target=True, reduction="batchmean"))
+
+
+def scores_of(model: ir.Model, images: np.ndarray, batch: int) -> np.ndarray:
+    """What a graph gives for the images, `[S, K]`, in ONNX Runtime."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "net.onnx"
         save_model(model, path)
         feeds = [{"x": images[start : start + batch]} for start in range(0, len(images), batch)]
-        scores = np.concatenate([next(iter(outputs.values())) for outputs in native.run_onnx(path, feeds, 1)])
-    right: np.ndarray = scores.argmax(-1) == labels
-    return right
+        return np.concatenate([next(iter(outputs.values())) for outputs in native.run_onnx(path, feeds, 1)])
 
 
 def main() -> None:
@@ -259,12 +285,14 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=list(BOTH), choices=BOTH)
     parser.add_argument("--profile", action="store_true", help="profile every setting, not only those that miss a goal")
     parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--fewer", type=float, nargs="+", default=[1.4], help="how many times fewer MACs")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of random places")
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in CANDIDATES]:
         parser.error(f"unknown setting '{unknown[0]}'; there are: {', '.join(CANDIDATES)}")
     if options.digits:
-        digits(options.seeds)
+        for fewer in options.fewer:
+            digits(fewer, options.seeds)
     elif speed(options.names, options.targets, options.seconds, options.threads, options.profile):
         raise SystemExit(1)
 

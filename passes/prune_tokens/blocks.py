@@ -94,10 +94,22 @@ def prefix_length(stream: ir.Value) -> int:
     length = 0
     for value in node.inputs:
         shape = static_shape(value)
-        if value is None or shape is None or not _is_constant(value):
+        if value is None or shape is None or not (_is_constant(value) or _is_prefix(value)):
             break
         length += shape[1]
     return length
+
+
+def _is_prefix(value: ir.Value) -> bool:
+    """Whether it is the front of tokens that were joined before, as a class token that registers are put behind."""
+    node = value.producer()
+    if node is None or node.op_type != "Slice" or node.inputs[0] is None:
+        return False
+    bounds = [constant_array(bound) for bound in node.inputs[1:4]]
+    if any(bound is None or bound.size != 1 for bound in bounds) or len(bounds) != 3:
+        return False
+    start, end, axis = (int(bound.item()) for bound in bounds if bound is not None)
+    return axis in (1, -2) and start == 0 and 0 < end <= prefix_length(node.inputs[0])
 
 
 def _is_constant(value: ir.Value) -> bool:

@@ -46,6 +46,8 @@ def projection(attention: ir.Node, stream: ir.Value) -> Projection:
     assert key is not None
     heads = shape_of(query)[1] if len(shape_of(query)) == 4 else attention.attributes.get_int("q_num_heads", 1)
     weights = [_linear(value, stream, attention) for value in (query, key)]
+    if weights[0][0].shape != weights[1][0].shape:
+        raise StandsInTheWayError(attention.name or "", "its heads share keys, from which no scorer can be started")
     return Projection(weights[0][0], weights[1][0], weights[0][1], weights[1][1], heads)
 
 

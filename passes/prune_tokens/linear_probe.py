@@ -10,6 +10,10 @@ import onnx_ir as ir
 from edgekit.graph import run
 from edgekit.graph.constants import constant_array
 from edgekit.graph.opset import OPSET
+from edgekit.passes.prune_tokens.token_axis import StandsInTheWayError
+
+_ROUNDING = 1e-3
+"""Difference of results for the same token at two places that may be rounding, as a share of the largest result."""
 
 
 def probe(path: Sequence[ir.Node], value: ir.Value, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -22,18 +26,28 @@ def probe(path: Sequence[ir.Node], value: ir.Value, shape: tuple[int, ...]) -> t
 
     Returns:
         Weight `[C, H · d]` and bias `[H · d]`, from runs with a unit vector for each token.
+
+    Raises:
+        StandsInTheWayError: They are others for each token, as with a table of positions on the way.
     """
     _, tokens, width = shape
     rows = np.concatenate([np.zeros((1, width)), np.eye(width)])
     padded = np.concatenate([rows, np.zeros((-len(rows) % tokens, width))]).reshape(-1, tokens, width)
     model, name = _model(path, value, shape)
-    results = []
-    for batch in padded:
+
+    def mapped(batch: np.ndarray) -> np.ndarray:
         feed = np.broadcast_to(batch, shape).astype(np.float32)
         (result,) = run(model, {name: np.ascontiguousarray(feed)}).values()
-        first = np.asarray(result)[0]
-        results.append(first.transpose(1, 0, 2).reshape(tokens, -1) if first.ndim == 3 else first)
-    measured = np.concatenate(results)[: len(rows)].astype(np.float64)
+        first: np.ndarray = np.asarray(result)[0]
+        return first.transpose(1, 0, 2).reshape(tokens, -1) if first.ndim == 3 else first
+
+    for alike in (np.zeros((1, width)), np.ones((1, width))):
+        result = mapped(alike)
+        if np.abs(result - result[:1]).max() > _ROUNDING * max(np.abs(result).max(), 1.0):
+            raise StandsInTheWayError(
+                value.name or "", "a token's queries or keys depend on its place, from which no scorer can be started"
+            )
+    measured = np.concatenate([mapped(batch) for batch in padded])[: len(rows)].astype(np.float64)
     return measured[1:] - measured[0], measured[0]
 
 

@@ -76,18 +76,19 @@ def bipartite(build: Builder, tokens: ir.Value, metric: ir.Value, sizes: ir.Valu
 
 def _merged(
     build: Builder, even: ir.Value, odd: ir.Value, best: ir.Value, partner: ir.Value, pairs: int, form: str
-) -> tuple[ir.Value, ir.Value]:
-    """The even positions that stay, in order, and the odd ones with what was merged into them, each with its size as last channel."""
+) -> tuple[ir.Value | None, ir.Value]:
+    """The even positions that stay, in order, and the odd ones with what was merged into them, each with its size as last channel.
+
+    None: no even position stays.
+    """
     batch, evens, width = shape_of(even)
-    _, source = build.top_k(best, pairs, name="sources")
-    _, rest = build.top_k(best, evens - pairs, largest=False, name="rest")
-    in_order, _ = build.top_k(build.cast(rest, even), evens - pairs, largest=False, name="order")
-    stay_at = build.cast(in_order, ir.DataType.INT64)
-    stay = build.take(even, stay_at)
+    _, order = build.top_k(best, evens)  # one order for both parts: with two, equal ones could be in both or in none
+    source = build.cut(order, 1, 0, pairs)
     moved = build.take(even, source)
     target = build.op("GatherElements", [partner, source], (batch, pairs), "targets", axis=1)
-    for indices, role in ((stay_at, "stay"), (source, "sources"), (target, "targets")):
+    for indices, role in ((source, "sources"), (target, "targets")):
         build.note(indices, role)
+    stay = _rest(build, even, order, pairs) if pairs < evens else None
     if form == "scatter":
         where = build.op("Expand", [build.reshape(target, (batch, pairs, 1)), build.constant((batch, pairs, width), "shape")],
                          (batch, pairs, width))  # fmt: skip
@@ -95,11 +96,23 @@ def _merged(
     return stay, build.binary("Add", odd, build.matmul(build.equal(shape_of(odd)[1], target, moved), moved))
 
 
+def _rest(build: Builder, even: ir.Value, order: ir.Value, pairs: int) -> ir.Value:
+    """The even positions after the first `pairs` of an order, in their own."""
+    evens = shape_of(even)[1]
+    rest = build.cast(build.cut(order, 1, pairs, evens), even)  # no runtime is without TopK of floats
+    in_order, _ = build.top_k(rest, evens - pairs, largest=False, name="order")
+    stay_at = build.cast(in_order, ir.DataType.INT64)
+    build.note(stay_at, "stay")
+    return build.take(even, stay_at)
+
+
 def _merged_by_rank(
     build: Builder, even: ir.Value, odd: ir.Value, best: ir.Value, partner: ir.Value, pairs: int
-) -> tuple[ir.Value, ir.Value]:
+) -> tuple[ir.Value | None, ir.Value]:
     """As `_merged`, with matrices of 0 and 1 made of comparisons."""
     batch, evens = shape_of(best)
+    if pairs == evens:
+        return None, build.binary("Add", odd, build.matmul(build.equal(shape_of(odd)[1], partner, even), even))
     rows, columns = build.reshape(best, (batch, evens, 1)), build.reshape(best, (batch, 1, evens))
     larger = build.cast(build.binary("Greater", columns, rows, ir.DataType.BOOL), even)
     equal = build.cast(build.binary("Equal", columns, rows, ir.DataType.BOOL), even)
@@ -115,8 +128,10 @@ def _merged_by_rank(
     return stay, build.binary("Add", odd, build.matmul(sources, even))
 
 
-def _in_order(build: Builder, stay: ir.Value, total: ir.Value, prefix: int) -> ir.Value:
+def _in_order(build: Builder, stay: ir.Value | None, total: ir.Value, prefix: int) -> ir.Value:
     """The prefix, which is never merged and so comes first in both, then the others."""
+    if stay is None:
+        return total
     front = [build.cut((stay, total)[k % 2], 1, k // 2, k // 2 + 1) for k in range(prefix)] if prefix > 1 else []
     first, second = ((prefix + 1) // 2, prefix // 2) if front else (0, 0)
     return build.concat([*front, build.cut(stay, 1, first, shape_of(stay)[1]), build.cut(total, 1, second, shape_of(total)[1])], 1)

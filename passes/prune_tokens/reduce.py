@@ -17,13 +17,15 @@ from edgekit.passes.prune_tokens.builder import Builder, shape_of
 from edgekit.passes.prune_tokens.ia_red2 import Projection, keep_scores, projection
 from edgekit.passes.prune_tokens.resize import Take, check, shrink
 from edgekit.passes.prune_tokens.schedule import Step
-from edgekit.passes.prune_tokens.scores import attention_received, class_attention, queries_and_keys
+from edgekit.passes.prune_tokens.scores import KEYS, attention_received, by_head, check_attention, class_attention
 from edgekit.passes.prune_tokens.token_axis import Region, follow
 
 CLASS_TOKEN = frozenset({"evit", "ia-red2", "diffrate"})
 """Methods whose scores come from a class token."""
 MERGES = frozenset({"tome", "diffrate"})
 """Methods whose tokens stand for several."""
+_OWN_SCORES = frozenset({"ia-red2", "random"})
+"""Methods that do not read a block's attention."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ def reduce_tokens(
     steps = [step for step in steps if step.block < len(blocks) and (step.before or worth_it(editor.graph, blocks[step.block]))]
     if not steps:
         return 0
+    if how.method not in _OWN_SCORES:
+        for step in steps:
+            check_attention(blocks[step.block].attention)
     starts = _starts(blocks, steps) if how.method == "ia-red2" else {}
     attentions = [block.attention for block in blocks]
     first = blocks[steps[0].block]
@@ -141,8 +146,7 @@ def _shortened(
 ) -> tuple[ir.Value, Take | None, ir.Value | None]:
     """The shorter stream, how what else has an entry for each token is reduced (None: it cannot be), and the sizes."""
     if how.method == "tome":
-        _, keys = queries_and_keys(build, block.attention)
-        metric = build.reduce("ReduceMean", keys, 1)
+        metric = build.reduce("ReduceMean", by_head(build, block.attention, KEYS), 1)
         pairs = step.keep - step.targets
         merged = merge.bipartite(build, stream, metric, sizes or merge.ones(build, stream), pairs, how.prefix, how.form)
         return merged.tokens, None, merged.sizes

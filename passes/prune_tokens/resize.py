@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from edgekit.graph.constants import GraphEditor, constant_array
 from edgekit.graph.cost import MODULE_KEY
-from edgekit.passes.prune_tokens.builder import Builder
+from edgekit.passes.prune_tokens.builder import Builder, shape_of
 from edgekit.passes.prune_tokens.token_axis import Region, StandsInTheWayError
 
 Take = Callable[[Builder, ir.Value, int], ir.Value]
@@ -49,15 +49,19 @@ def shrink(editor: GraphEditor, region: Region, stream: ir.Value, shorter: ir.Va
     for node, index in list(stream.uses()):
         if node not in keep:
             node.replace_input_with(index, shorter)
-    taken: dict[tuple[ir.Value, int], ir.Value] = {}
+    taken: dict[tuple[ir.Value, int, int], ir.Value] = {}
     for operand in region.operands:
         value = operand.node.inputs[operand.index]
         assert value is not None
-        key = value, operand.axis
+        lacking = operand.rank - len(shape_of(value)) if region.batch > 1 else 0  # each sample takes entries of its own
+        key = value, operand.axis, lacking
         if key not in taken:
             module = operand.node.metadata_props.get(MODULE_KEY, "")
-            taken[key] = take(Builder(editor, operand.node, operand.node.name or "tokens", module), value, operand.axis)
+            build = Builder(editor, operand.node, operand.node.name or "tokens", module)
+            taken[key] = take(build, build.reshape(value, (1,) * lacking + shape_of(value)), operand.axis + lacking)
         operand.node.replace_input_with(operand.index, taken[key])
+    if region.operands:
+        editor.graph.sort()  # the number of tokens that a mean is divided by may be counted before the tokens are made
     for constant in region.sizes:
         array = constant_array(constant.node.inputs[constant.index])
         assert array is not None

@@ -9,31 +9,49 @@ import onnx_ir as ir
 from edgekit.passes.prune_tokens.builder import Builder, shape_of
 from edgekit.passes.prune_tokens.token_axis import StandsInTheWayError
 
+QUERIES, KEYS = 0, 1
+"""Inputs of an Attention."""
 
-def queries_and_keys(build: Builder, attention: ir.Node) -> tuple[ir.Value, ir.Value]:
-    """Queries and keys of an Attention as `[B, H, N, d]`.
+
+def by_head(build: Builder, attention: ir.Node, which: int) -> ir.Value:
+    """The queries or keys of an Attention as `[B, H, N, d]`."""
+    value = attention.inputs[which]
+    assert value is not None
+    shape = shape_of(value)
+    if len(shape) == 4:
+        return value
+    batch, tokens, width = shape
+    heads = _heads(attention)[which]
+    split = build.reshape(value, (batch, tokens, heads, width // heads))
+    return build.op("Transpose", [split], (batch, heads, tokens, width // heads), perm=[0, 2, 1, 3])
+
+
+def check_attention(attention: ir.Node) -> None:
+    """Holds an Attention against what scores can be read from.
 
     Raises:
-        StandsInTheWayError: Heads share their keys.
+        StandsInTheWayError: Heads share their keys, or logits are capped.
     """
-    heads = attention.attributes.get_int("q_num_heads", 0), attention.attributes.get_int("kv_num_heads", 0)
-    made = []
-    for value, count in zip(attention.inputs[:2], heads, strict=True):
+    queries, keys = _heads(attention)
+    if queries != keys:
+        raise StandsInTheWayError(attention.name or "", "its heads share keys, whose attention would have to be told apart")
+    if attention.attributes.get_float("softcap", 0.0):
+        raise StandsInTheWayError(attention.name or "", "its logits are capped, which scores would have to repeat")
+
+
+def _heads(attention: ir.Node) -> tuple[int, int]:
+    """How many heads the queries have, and the keys."""
+    found = []
+    for value, name in zip(attention.inputs[:2], ("q_num_heads", "kv_num_heads"), strict=True):
         assert value is not None
         shape = shape_of(value)
-        if len(shape) == 3:
-            batch, tokens, width = shape
-            split = build.reshape(value, (batch, tokens, count, width // count))
-            value = build.op("Transpose", [split], (batch, count, tokens, width // count), perm=[0, 2, 1, 3])
-        made.append(value)
-    if shape_of(made[0])[1] != shape_of(made[1])[1]:
-        raise StandsInTheWayError(attention.name or "", "its heads share keys, whose attention would have to be told apart")
-    return made[0], made[1]
+        found.append(shape[1] if len(shape) == 4 else attention.attributes.get_int(name, 1))
+    return found[0], found[1]
 
 
 def _weights(build: Builder, attention: ir.Node, first: int | None) -> ir.Value:
     """The attention's weights `[B, H, queries, N]`, of the query `first` alone where it is given."""
-    query, key = queries_and_keys(build, attention)
+    query, key = by_head(build, attention, QUERIES), by_head(build, attention, KEYS)
     width = shape_of(key)[-1]
     if first is not None:
         query = build.cut(query, 2, first, first + 1)

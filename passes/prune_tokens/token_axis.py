@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from edgekit.graph.constants import constant_array
 from edgekit.graph.shapes import static_shape
+from edgekit.passes.prune_tokens.masked_mean import mask_sum
 
 
 class StandsInTheWayError(Exception):
@@ -40,11 +41,15 @@ class Along:
 
 @dataclass(frozen=True)
 class Operand:
-    """What an input of a node holds for each token: it comes from elsewhere and must lose the same tokens, along `axis`."""
+    """What an input of a node holds for each token: it comes from elsewhere and must lose the same tokens, along `axis`.
+
+    With fewer than `rank` axes it is aligned with the node's other inputs from the right.
+    """
 
     node: ir.Node
     index: int
     axis: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Region:
 
     Attributes:
         count: The number of tokens.
+        batch: The number of samples, along the first axis of the stream.
         axes: The axes that the tokens lie along, of each value that has some; of attention logits there are two.
         operands: What else has an entry for each token.
         sizes: Constants that hold the number of tokens.
@@ -74,6 +80,7 @@ class Region:
     """
 
     count: int
+    batch: int
     axes: dict[ir.Value, tuple[Along, ...]] = field(default_factory=dict)
     operands: list[Operand] = field(default_factory=list)
     sizes: list[SizeConstant] = field(default_factory=list)
@@ -92,7 +99,7 @@ def follow(graph: ir.Graph, stream: ir.Value, axis: int = 1) -> Region:
     """
     shape = static_shape(stream)
     assert shape is not None
-    region = Region(shape[axis], {stream: (Along(axis),)})
+    region = Region(shape[axis], shape[0], {stream: (Along(axis),)})
     for node in graph:
         if any(value in region.axes for value in node.inputs if value is not None):
             rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
@@ -149,7 +156,15 @@ def _align(node: ir.Node, index: int, value: ir.Value, found: dict[int, Along], 
         if place not in own and axis >= 0 and _shape(value)[axis] > 1:
             if along.start or _shape(value)[axis] != region.count:
                 raise _refuse(node, "it combines a part of the tokens with something else of that length")
-            region.operands.append(Operand(node, index, axis))
+            _take_in(Operand(node, index, axis, rank), value, region)
+
+
+def _take_in(operand: Operand, value: ir.Value, region: Region) -> None:
+    """Takes in what has an entry for each token, which may differ from sample to sample: its first axis must be that of the samples."""
+    shape = _shape(value)
+    if len(shape) == operand.rank and region.batch > 1 and (operand.axis == 0 or shape[0] not in (1, region.batch)):
+        raise _refuse(operand.node, "it reads a table with an entry for each token, whose first axis is not that of the samples")
+    region.operands.append(operand)
 
 
 def _unary(node: ir.Node, region: Region) -> None:
@@ -180,22 +195,13 @@ def _matmul(node: ir.Node, region: Region) -> None:
     left = {along.axis - a: along for along in _axes(first, region)}
     right = {along.axis - b: along for along in _axes(second, region)}
     if (-1 in left) != (-2 in right):
-        _contracted(node, 0 if -2 in right else 1, a if -2 in right else b, -1 if -2 in right else -2, region)
+        weights = first if -2 in right else second
+        known = "a weight for each of them" if constant_array(weights) is not None else "weights from elsewhere, which sum to one over all"
+        raise _refuse(node, f"it mixes the tokens by {known}")
     if any(place < -2 for place in (*left, *right)):
         raise _refuse(node, "it has a product of its own for each token")
     kept = [Along(rank + place, along.start) for place, along in ((-2, left.get(-2)), (-1, right.get(-1))) if along is not None]
     _keep(node.outputs[0], tuple(kept), region)
-
-
-def _contracted(node: ir.Node, index: int, rank: int, place: int, region: Region) -> None:
-    """A sum over tokens with weights from elsewhere."""
-    value = node.inputs[index]
-    assert value is not None
-    if constant_array(value) is not None:
-        raise _refuse(node, "it mixes the tokens by a weight for each of them")
-    if _shape(value)[place] != region.count:
-        raise _refuse(node, "it sums a part of the tokens with weights from elsewhere")
-    region.operands.append(Operand(node, index, rank + place))
 
 
 def _transpose(node: ir.Node, region: Region) -> None:
@@ -223,7 +229,8 @@ def _expand(node: ir.Node, region: Region) -> None:
     before, after = _shape(node.inputs[0]), _shape(node.outputs[0])
     kept = tuple(Along(along.axis + len(after) - len(before), along.start) for along in _axes(node.inputs[0], region))
     target = _shape(node.inputs[1])[0]
-    region.sizes += [SizeConstant(node, 1, along.axis - len(after) + target, along.start) for along in kept]
+    places = ((along, along.axis - len(after) + target) for along in kept)
+    region.sizes += [SizeConstant(node, 1, place, along.start) for along, place in places if place >= 0]
     _keep(node.outputs[0], kept, region)
 
 
@@ -265,13 +272,16 @@ def _slice(node: ir.Node, region: Region) -> None:
         place = along_axes.index(along.axis)
         bounds = slice(int(starts[place]), int(ends[place]), 1 if steps is None else int(steps[place]))
         chosen = range(*bounds.indices(shape[along.axis]))
-        if len(chosen) == 1 or (chosen.step == 1 and chosen.start == 0 and chosen.stop < shape[along.axis]):
-            region.picked = max(region.picked, along.start + max(chosen))
-            if ends[place] < 0 or starts[place] < 0:
-                raise _refuse(node, "it picks tokens by their places from the end")
-        elif chosen.step == 1 and chosen.stop == shape[along.axis]:
+        to_end = chosen.step == 1 and chosen.stop == shape[along.axis]
+        if to_end and chosen.start == 0:
+            kept.append(along)
+        elif ends[place] < 0 or starts[place] < 0:
+            raise _refuse(node, "it picks tokens by their places from the end")
+        elif to_end and (len(chosen) > 1 or ends[place] > shape[along.axis]):  # all but the first, if only one of those is left by now
             region.skipped = max(region.skipped, along.start + chosen.start)
             kept.append(Along(along.axis, along.start + chosen.start))
+        elif len(chosen) == 1 or (chosen.step == 1 and chosen.start == 0):
+            _pick(node, along.start + max(chosen), region)
         else:
             raise _refuse(node, "it slices the tokens in the middle")
     _keep(node.outputs[0], tuple(kept), region)
@@ -290,8 +300,14 @@ def _gather(node: ir.Node, region: Region) -> None:
         elif indices is None or indices.size == 0 or indices.min() < 0:
             raise _refuse(node, "it picks tokens by numbers that are computed, or from the end")
         else:
-            region.picked = max(region.picked, along.start + int(indices.max()))
+            _pick(node, along.start + int(indices.max()), region)
     _keep(node.outputs[0], tuple(kept), region)
+
+
+def _pick(node: ir.Node, index: int, region: Region) -> None:
+    if index == region.count - 1:
+        raise _refuse(node, "it picks the last token, whose place depends on how many there are")
+    region.picked = max(region.picked, index)
 
 
 def _reduce(node: ir.Node, region: Region) -> None:
@@ -305,6 +321,11 @@ def _reduce(node: ir.Node, region: Region) -> None:
     for along in _axes(node.inputs[0], region):
         if along.axis not in axes:
             kept.append(along if keepdims else Along(along.axis - sum(axis < along.axis for axis in axes), along.start))
+        elif node.op_type == "ReduceSum" and (divisor := mask_sum(node, region.axes, along.axis)) is not None:
+            count, axis = divisor
+            assert count.inputs[0] is not None
+            _take_in(Operand(count, 0, axis, len(_shape(count.inputs[0]))), count.inputs[0], region)
+            region.pools.append((node, along))
         elif node.op_type != "ReduceMean":
             raise _refuse(node, f"{node.op_type} over the tokens depends on how many there are")
         else:
