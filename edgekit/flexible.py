@@ -29,6 +29,7 @@ from edgekit.graph.shapes import infer_shapes
 from edgekit.inputs import InputSpec
 from edgekit.original import Opener, Original
 from edgekit.progress import Reporter
+from edgekit.trace import run_module
 from edgekit.verify import Parity, assert_close, compare
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 _MOST_RANGES = 6
 """Each costs a compile of its own."""
+_SMALL_FACTORS = 2 * 3 * 5 * 7
+_RUN = 8
+"""Consecutive sizes that the result is checked at."""
 _SPREAD = 64
 """Sizes up to which a range is looked at that is too large to be looked at as a whole."""
 _SAMPLES = 2
@@ -121,10 +125,10 @@ def plan_shapes(inputs: Sequence[InputSpec], target: Target) -> Plan | None:
     if len(several) > _MOST_RANGES:
         raise UsageError(f"{len(several)} dimensions have ranges", where="--input", fix=f"give ranges to {_MOST_RANGES} at most")
     ranges = [size for size in several if isinstance(size, range)]
-    lowest, highest = (_at(inputs, [size[end] for size in ranges]) for end in (0, -1))
-    points = [_at(inputs, point) for point in _points(ranges, _elements(highest) <= _LARGEST_POINT)]
-    probes = [end for end in (lowest, highest) if end not in points and _elements(end) <= _LARGEST_PROBE]
-    return Plan(tuple(points), tuple(probes))
+    whole = _elements(_at(inputs, [size[-1] for size in ranges])) <= _LARGEST_POINT
+    points = [_at(inputs, point) for point in _points(ranges, whole)]
+    probes = [_at(inputs, probe) for probe in _probes(ranges)]
+    return Plan(tuple(points), tuple(probe for probe in probes if probe not in points and _elements(probe) <= _LARGEST_PROBE))
 
 
 def _elements(inputs: Sequence[InputSpec]) -> int:
@@ -132,16 +136,40 @@ def _elements(inputs: Sequence[InputSpec]) -> int:
 
 
 def _points(ranges: Sequence[range], whole: bool) -> list[tuple[int, ...]]:
-    """Sizes of all ranges at several points: the largest, those in the middle, and the largest with one smallest among them.
+    """Sizes of all ranges at several points, the largest first.
 
-    So each has three sizes, and any two differ at some point, even those of the same range. They span the ranges where `whole`, else
-    their beginnings. The size 1 is left out where there are others: axes of length 1 are broadcast, and graphs differ there.
+    Each range has sizes at both its ends, next to them, and between, so that what holds for even sizes only, or every fourth, is seen; and
+    any two ranges differ at some point, even equal ones. They span the ranges where `whole`, else their beginnings. The size 1 is left out
+    where there are others: axes of length 1 are broadcast, and graphs differ there.
     """
     low = [max(sizes[0], 2) if sizes[-1] > 2 else sizes[0] for sizes in ranges]
     high = [sizes[-1] if whole else min(sizes[-1], max(4 * first, _SPREAD)) for sizes, first in zip(ranges, low, strict=True)]
-    middle = tuple((first + last) // 2 for first, last in zip(low, high, strict=True))
+    spans = list(zip(low, high, strict=True))
     single = [(*high[:axis], first, *high[axis + 1 :]) for axis, first in enumerate(low)]
-    return list(dict.fromkeys([tuple(high), *single, middle]))
+    inner = [tuple(max(last - 1, first) for first, last in spans), tuple(min(first + 1, last) for first, last in spans)]
+    return list(dict.fromkeys([tuple(high), *single, *inner, tuple(_between(first, last) for first, last in spans)]))
+
+
+def _between(low: int, high: int) -> int:
+    """A size near the middle that has no small factor, where there is one."""
+    middle = (low + high) // 2
+    near = (
+        sorted(range(low, high + 1), key=lambda size: abs(size - middle)) if high - low < _SPREAD else range(middle, min(middle + 12, high))
+    )
+    return next((size for size in near if math.gcd(size, _SMALL_FACTORS) == 1), middle)
+
+
+def _probes(ranges: Sequence[range]) -> list[tuple[int, ...]]:
+    """The smallest and the largest sizes, and a run of consecutive ones that nothing was written for: the result must hold there too."""
+    rng = np.random.default_rng([len(sizes) for sizes in ranges])
+    starts = [int(rng.integers(0, max(len(sizes) - _RUN, 0) + 1)) for sizes in ranges]
+
+    def run(step: int) -> tuple[int, ...]:
+        places = (start + (step + axis) % _RUN for axis, start in enumerate(starts))
+        return tuple(sizes[min(place, len(sizes) - 1)] for place, sizes in zip(places, ranges, strict=True))
+
+    ends = [tuple(sizes[end] for sizes in ranges) for end in (0, -1)]
+    return list(dict.fromkeys([*ends, *map(run, range(_RUN))]))
 
 
 def _at(inputs: Sequence[InputSpec], chosen: Iterable[int]) -> tuple[InputSpec, ...]:
@@ -237,21 +265,34 @@ class Several:
         Raises:
             ParityError: The two differ by more than rounding.
         """
-        originals = [variant.original for variant in variants]
+        known = [(variant.original.data.calibration, variant.original.reference) for variant in variants]
         for number, probe in enumerate(self.plan.probes):
             with self.opener.reporter.stage(f"inputs {_text(probe)}"):
-                originals.append(self._open(probe, base, f"probe-{number}"))
+                known.append(self._expected(probe, base, f"probe-{number}"))
         checks = []
-        for original in originals:
-            shapes = {name: declared.shape for name, declared in declared_inputs(original.model).items()}
+        for feeds, reference in known:
+            shapes = {name: array.shape for name, array in feeds[0].items()}
             text = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-            outputs = evaluator.run_lowered(target, folder, graph, f"run artifact at {text}", original.data.calibration).outputs
+            outputs = evaluator.run_lowered(target, folder, graph, f"run artifact at {text}", feeds).outputs
             if precision:
-                parity = assert_close(original.reference, outputs, stage=f"{target.name} at {text}", precision=precision)
+                parity = assert_close(reference, outputs, stage=f"{target.name} at {text}", precision=precision)
             else:
-                parity = compare(original.reference, outputs)
+                parity = compare(reference, outputs)
             checks.append(ShapeCheck(shapes, parity))
         return checks
+
+    def _expected(self, inputs: Sequence[InputSpec], base: Original, name: str) -> tuple[list[Arrays], list[Arrays]]:
+        """Batches in these shapes and the original model's outputs on them; a module is run, which is faster than tracing it."""
+        if base.source.module is None:
+            original = self._open(inputs, base, name)
+            return original.data.calibration, original.reference
+        source = dataclasses.replace(self.opener, inputs=inputs).source(None if self.module is None else (self.module[0], None))
+        declared = {
+            name: Declared(tuple(example.shape), base.data.calibration[0][name].dtype)
+            for name, example in zip(base.data.calibration[0], source.example_inputs, strict=True)
+        }
+        feeds = _resized(base.data.calibration, declared, _SAMPLES)
+        return feeds, run_module(source, feeds, list(declared), list(base.reference[0]))
 
     def _open(self, inputs: Sequence[InputSpec], base: Original, name: str) -> Original:
         folder = self.folder / name

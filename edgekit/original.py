@@ -96,12 +96,17 @@ class Opener:
             SourceError, TraceError, ParityError, DataError: The model or its data cannot be used.
         """
         with self.reporter.stage("open"):
-            source = self._source(module)
+            source = self.source(module)
         original = self._from_graph(source) if source.module is None else self._from_module(source)
         original.notes = [*source.notes, *original.notes, *original.data.notes, *_warnings(original.reference)]
         return original
 
-    def _source(self, module: tuple[torch.nn.Module, Any] | None) -> Source:
+    def source(self, module: tuple[torch.nn.Module, Any] | None = None) -> Source:
+        """What the recipe names, or the module and example inputs that are given, before it is traced.
+
+        Raises:
+            SourceError: It cannot be opened.
+        """
         recipe = self.recipe
         if module is not None:
             return from_module(*module, self.inputs, recipe.seed)

@@ -30,11 +30,19 @@ def test_one_shape_needs_no_plan() -> None:
 
 
 def test_ranges() -> None:
-    """The largest sizes first, three in all; the smallest, where it is 1, is only checked."""
+    """The largest sizes first, both ends and their neighbours, the middle; the smallest, where it is 1, is only checked, as others are."""
     plan = planned("x:1..8,3")
-    assert shapes(plan.points) == [(8, 3), (2, 3), (5, 3)]
-    assert shapes(plan.probes) == [(1, 3)]
+    assert shapes(plan.points) == [(8, 3), (2, 3), (7, 3), (3, 3), (5, 3)]
+    assert set(shapes(plan.probes)) == {(1, 3), (4, 3), (6, 3)}
     assert not plan.listed
+
+
+def test_sizes_have_different_remainders() -> None:
+    """What holds for every second, third, fourth or eighth size must not look like a rule."""
+    sizes = [shape[0] for shape in shapes(planned("x:4..36").points)]
+    assert all(len({size % factor for size in sizes}) > 1 for factor in (2, 3, 4, 7, 8))
+    checked = sorted(shape[0] for shape in shapes(planned("x:4..100").probes))
+    assert any(checked[k + 5] - checked[k] <= 7 for k in range(len(checked) - 5))  # a run, less what was written for
 
 
 def test_listed_shapes_correspond() -> None:
@@ -48,7 +56,7 @@ def test_listed_shapes_correspond() -> None:
 def test_a_range_too_large_to_build_is_looked_at_from_below() -> None:
     plan = planned("x:1..100000,1000")
     assert max(shape[0] for shape in shapes(plan.points)) <= 64
-    assert plan.probes == ((parse_inputs(["x:1,1000"])[0],),)
+    assert (parse_inputs(["x:1,1000"])[0],) in plan.probes
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=6))

@@ -52,12 +52,17 @@ def probe(path: Sequence[ir.Node], value: ir.Value, shape: tuple[int, ...]) -> t
 
 
 def _model(path: Sequence[ir.Node], value: ir.Value, shape: tuple[int, ...]) -> tuple[ir.Model, str]:
-    """The path as a model of its own, and the name of its input."""
+    """The path as a model of its own, in float32, and the name of its input."""
     tokens = ir.Value(name="tokens", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
     made: dict[ir.Value, ir.Value] = {}
     nodes: list[ir.Node] = []
     initializers: list[ir.Value] = []
     for node in path:
+        if node.op_type == "Cast":
+            source = node.inputs[0]
+            assert source is not None
+            made[node.outputs[0]] = made.get(source, tokens)
+            continue
         inputs: list[ir.Value | None] = []
         for given in node.inputs:
             if given is not None and given not in made:
@@ -65,7 +70,8 @@ def _model(path: Sequence[ir.Node], value: ir.Value, shape: tuple[int, ...]) -> 
                 if array is None:
                     made[given] = tokens
                 else:
-                    tensor = ir.Tensor(array, name=f"constant_{len(initializers)}")
+                    wide = array.astype(np.float32) if given.dtype is not None and given.dtype.is_floating_point() else array
+                    tensor = ir.Tensor(wide, name=f"constant_{len(initializers)}")
                     made[given] = ir.Value(
                         name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
                     )
@@ -74,8 +80,8 @@ def _model(path: Sequence[ir.Node], value: ir.Value, shape: tuple[int, ...]) -> 
         copy = ir.node(node.op_type, inputs, attributes=dict(node.attributes), num_outputs=len(node.outputs))
         for index, output in enumerate(node.outputs):
             copy.outputs[index].name = f"value_{len(nodes)}_{index}"
-            copy.outputs[index].type, copy.outputs[index].shape = output.type, output.shape
+            copy.outputs[index].type, copy.outputs[index].shape = ir.TensorType(ir.DataType.FLOAT), output.shape
             made[output] = copy.outputs[index]
         nodes.append(copy)
-    graph = ir.Graph([tokens], [made[value]], nodes=nodes, initializers=initializers, opset_imports={"": OPSET}, name="part")
+    graph = ir.Graph([tokens], [made.get(value, tokens)], nodes=nodes, initializers=initializers, opset_imports={"": OPSET}, name="part")
     return ir.Model(graph, ir_version=10), "tokens"

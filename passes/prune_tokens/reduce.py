@@ -80,7 +80,6 @@ def reduce_tokens(
     attentions = [block.attention for block in blocks]
     first = blocks[steps[0].block]
     check(follow(editor.graph, _point(first, steps[0])), can_take=not how.merges and not how.fuse)
-    tokens = first.tokens
     sizes: ir.Value | None = None
     for step, following in zip(steps, [*steps[1:], None], strict=True):
         block = _again(editor.graph, attentions[step.block])
@@ -91,7 +90,7 @@ def reduce_tokens(
             ahead = set(attentions[: end + 1]) if following is not None else None
             _weigh(editor, [node for node in follow(editor.graph, shorter).attentions if ahead is None or node in ahead], sizes)
         if sizes is not None and following is None:
-            _weigh_pools(editor, follow(editor.graph, shorter), sizes, tokens)
+            _weigh_pools(editor, follow(editor.graph, shorter), sizes)
         done(block)
     return len(steps)
 
@@ -182,8 +181,8 @@ def _weigh(editor: GraphEditor, attentions: Sequence[ir.Node], sizes: ir.Value) 
         merge.add_log_sizes(Builder(editor, attention, f"{attention.name}/prune_tokens", module), attention, sizes)
 
 
-def _weigh_pools(editor: GraphEditor, region: Region, sizes: ir.Value, tokens: int) -> None:
-    """Lets a mean over tokens count each as often as it stands for some of the `tokens` that there were."""
+def _weigh_pools(editor: GraphEditor, region: Region, sizes: ir.Value) -> None:
+    """Lets a mean over tokens count each as often as it stands for tokens: Σ size · x / Σ size."""
     for node, along in region.pools:
         value = node.inputs[0]
         assert value is not None
@@ -191,5 +190,5 @@ def _weigh_pools(editor: GraphEditor, region: Region, sizes: ir.Value, tokens: i
         shape = [1] * len(shape_of(value))
         shape[0], shape[along.axis] = shape_of(sizes)[0], region.count - along.start
         own = build.reshape(build.cut(sizes, 1, along.start, region.count), shape)
-        share = build.binary("Mul", own, shape[along.axis] / (tokens - along.start))  # the mean divides by the tokens that are left
+        share = build.binary("Div", own, build.reduce("ReduceMean", own, along.axis, keepdims=True))
         node.replace_input_with(0, build.binary("Mul", value, share))

@@ -11,7 +11,7 @@ from edgekit.errors import UnsupportedOpError
 from edgekit.targets.coreml.reference.constants import Weights, constant
 from edgekit.targets.coreml.size_expressions import Axis, Inputs, Size, Sizes, SizeWriter, find_size
 
-FIX = "compile for one shape at a time; several packages can share their weights by `edgekit.targets.coreml.combine`"
+FIX = "compile for one shape at a time; several packages can share their weights by `edgekit.targets.coreml.multifunction.combine`"
 
 
 class MergedProgram:

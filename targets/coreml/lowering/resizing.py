@@ -18,6 +18,8 @@ import onnx_ir as ir
 from edgekit.targets.coreml.lowering.builder import Lowering
 from edgekit.targets.coreml.lowering.layout import is_float, take, transpose
 
+_ROUNDING = 2.0**-23
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -50,12 +52,22 @@ class Rule:
     antialias: bool = False
 
 
+def _over_scale(x: np.ndarray, axis: Axis) -> np.ndarray:
+    """`x / scale`, as ONNX Runtime and PyTorch compute it: in float32, where 1 / (1/3) is 3 and the next element is not missed.
+
+    A scale that is the quotient of the sizes but for its rounding to float32 is taken for that quotient.
+    """
+    if abs(axis.scale - axis.new / axis.size) <= _ROUNDING * axis.scale:
+        return x * axis.size / axis.new
+    return (x.astype(np.float32) / np.float32(axis.scale)).astype(np.float64)
+
+
 def _symmetric(x: np.ndarray, axis: Axis) -> np.ndarray:
     return axis.size / 2 * (1 - axis.new / (axis.size * axis.scale)) + (x + 0.5) / axis.scale - 0.5
 
 
 def _half_pixel(x: np.ndarray, axis: Axis) -> np.ndarray:
-    return (x + 0.5) / axis.scale - 0.5
+    return _over_scale(x + 0.5, axis) - 0.5
 
 
 def _aligned(x: np.ndarray, axis: Axis) -> np.ndarray:
@@ -74,7 +86,7 @@ PLACES: dict[str, Callable[[np.ndarray, Axis], np.ndarray]] = {
     "half_pixel_symmetric": _symmetric,
     "pytorch_half_pixel": lambda x, axis: _half_pixel(x, axis) if axis.new > 1 else 0 * x,
     "align_corners": _aligned,
-    "asymmetric": lambda x, axis: x / axis.scale,
+    "asymmetric": _over_scale,
     "tf_crop_and_resize": _cropped,
 }
 """Coordinates in the input by `coordinate_transformation_mode`."""

@@ -52,7 +52,7 @@ def refusal(prune: Prune) -> Callable[..., tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def assert_logits(run: Callable[..., list[np.ndarray]]) -> Callable[..., None]:
-    """Returns `assert_logits(model, feeds, expected, plain)`: ONNX Runtime gives the expected logits to 1e-5, which are not the plain ones."""
+    """Returns `assert_logits(model, feeds, expected, plain)`: ONNX Runtime gives the expected logits, to 1e-5, not the plain ones."""
 
     def check(model: ir.Model, feeds: Mapping[str, np.ndarray], expected: np.ndarray, plain: np.ndarray) -> None:
         (found,) = run(model, feeds)

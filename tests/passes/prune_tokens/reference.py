@@ -128,7 +128,11 @@ class Network:
                 mass[:, : vit.prefix] = 0
             return self.linear((x * mass[..., None]).sum(1) / mass.sum(1)[:, None], "head")
         first = self.linear(x[:, 0], "head")
-        return first if vit.pool == "class" else (first + self.linear(x[:, 1], "head2")) / 2
+        if vit.pool == "class":
+            return first
+        mass = (state.mass * state.alive)[..., None]
+        other = x[:, 1] if vit.pool == "distilled" else (x * mass).sum(1) / mass.sum(1)
+        return (first + self.linear(other, "head2")) / 2
 
 
 def plain_norm(x: np.ndarray, epsilon: float) -> np.ndarray:

@@ -24,10 +24,11 @@ VITS = {
     "mean with a class token": Vit(pool="mean", batch=3),
     "mean of patches": Vit(prefix=1, pool="mean-patches"),
     "mean of patches, registers": Vit(prefix=5, pool="mean-patches", batch=3),
+    "class token and mean": Vit(pool="both", batch=2),
     "packed": Vit(packed=True, batch=3),
     "post-norm": Vit(post_norm=True),
 }
-CLASS_TOKEN = ("plain", "batch", "odd", "distilled", "registers", "four at the front", "packed", "post-norm")
+CLASS_TOKEN = ("plain", "batch", "class token and mean", "odd", "distilled", "registers", "four at the front", "packed", "post-norm")
 FORMS = ("top-k", "scatter", "rank")
 
 
@@ -38,7 +39,7 @@ def named(names):
 def pairs_of(vit, wanted):
     """Pairs by block: at most half of the tokens that may merge, and none in the last block where only the class token is read after it."""
     left, found = vit.tokens, {}
-    for block in range(vit.depth if vit.pool.startswith("mean") else vit.depth - 1):
+    for block in range(vit.depth - (vit.pool in ("class", "distilled"))):
         even, odd = [sum(index % 2 == parity for index in range(vit.prefix, left)) for parity in (0, 1)]
         found[block] = min(wanted, even, odd)
         left -= found[block]
@@ -139,7 +140,7 @@ def test_sorted_dropped_and_merged(vit, prune, assert_logits):
     keep = [vit.tokens - gone for gone in (1, 3, 6, 8)]
     left = [vit.tokens - gone for gone in (3, 5, 8, 10)]
     pruned, _ = prune(model, method="diffrate", prune=tuple(keep), merge=tuple(left))
-    reference = PruneAndMerge(vit.prefix, {block: (keep[block], left[block]) for block in range(vit.depth - 1)})
+    reference = PruneAndMerge(vit.prefix, {block: (keep[block], left[block]) for block in range(vit.depth - (vit.pool != "both"))})
     assert_logits(pruned, feeds, network.logits(feeds, reference), plain)
 
 

@@ -21,6 +21,7 @@ WITH_CLASS_TOKEN = {
     "registers": Vit(prefix=5),
     "packed": Vit(packed=True, batch=3),
     "post-norm": Vit(post_norm=True, batch=2),
+    "class token and mean": Vit(pool="both", batch=2),
 }
 WITH_TABLES = {
     "position bias": Vit(table=True),

@@ -32,7 +32,7 @@ class Vit:
         hidden: Width of the MLP, in multiples of C.
         prefix: Tokens at the front that are parameters: class, distillation, register tokens.
         pool: What the head reads: `class`, `distilled` (the first two tokens, each with a head of its own, averaged), `mean` of all
-            tokens, `mean-patches` of those after the prefix.
+            tokens, `mean-patches` of those after the prefix, `both` (the first token and the mean of all, each with a head of its own).
         table: Whether each block adds a position bias `[1, H, N, N]` to its logits.
         rotary: Whether queries and keys are turned by tables `[N, d]`.
         mask: A second input `mask` `[B, N]`, 1 for tokens and 0 for padding, becomes a `bool` or `float` mask `[B, 1, N, N]`; none: "".
@@ -87,7 +87,7 @@ def shapes_of(vit: Vit) -> dict[str, tuple[int, ...]]:
         if vit.table:
             shapes[f"{k}.table"] = (1, vit.heads, vit.tokens, vit.tokens)
     shapes |= {"norm.w": (c,), "norm.b": (c,)}
-    for name in ("head", "head2")[: 2 if vit.pool == "distilled" else 1]:
+    for name in ("head", "head2")[: 2 if vit.pool in ("distilled", "both") else 1]:
         shapes |= {f"{name}.w": (c, vit.classes), f"{name}.b": (vit.classes,)}
     return shapes
 
@@ -275,5 +275,8 @@ def head(add: Nodes, vit: Vit, w: Mapping[str, ir.Value], x: ir.Value) -> ir.Val
     first = linear(add, add("Gather", x, add.constant(np.array(0)), axis=1), w, "head")
     if vit.pool == "class":
         return first
-    second = linear(add, add("Gather", x, add.constant(np.array(1)), axis=1), w, "head2")
+    other = add("ReduceMean", x, add.constant([1]), keepdims=0)
+    if vit.pool == "distilled":
+        other = add("Gather", x, add.constant(np.array(1)), axis=1)
+    second = linear(add, other, w, "head2")
     return add("Mul", add("Add", first, second), add.constant(np.float32(0.5)))

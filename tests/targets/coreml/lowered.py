@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
 from edgekit.targets.coreml.compression import Storage
@@ -43,15 +44,17 @@ def check(
     half: bool = False,
     version: str = "",
     tolerance: float = 0.0,
+    runtime: bool = False,
     **constants: Any,
 ) -> Converted:
-    """Holds the lowered graph against ONNX's reference evaluator; `constants` become initializers of the text's graph.
+    """Holds the lowered graph against ONNX's reference evaluator, or ONNX Runtime; `constants` become initializers of the text's graph.
 
     The tolerance is relative to the largest magnitude of each output: 1e-5 in float32, 2 % in float16.
     """
     model = onnx.parser.parse_model(text) if isinstance(text, str) else text
     model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items())
-    expected = dict(zip([value.name for value in model.graph.output], ReferenceEvaluator(model).run(None, inputs), strict=True))
+    reference = ort.InferenceSession(model.SerializeToString()) if runtime else ReferenceEvaluator(model)
+    expected = dict(zip([value.name for value in model.graph.output], reference.run(None, inputs), strict=True))
     converted = lower(model, half, version)
     limit = tolerance or (0.02 if half else 1e-5)
     for name, got in run(converted, inputs).items():

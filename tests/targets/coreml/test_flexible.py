@@ -182,6 +182,34 @@ def test_weights_that_depend_on_the_shape_are_refused_by_name(tmp_path: Path) ->
     assert not (tmp_path / "out.edgekit").exists()
 
 
+EVERY_FOURTH = """
+    shape = Shape(x)
+    length = Gather(shape, last)
+    over = Mod(length, four)
+    lack = Sub(four, over)
+    rest = Mod(lack, four)
+    pads = Concat<axis = 0>(none, rest)
+    y = Pad(x, pads)
+"""
+
+
+@pytest.mark.parametrize("text", [
+    "y = MaxPool<kernel_shape = [2], strides = [2], ceil_mode = 1>(x)",
+    'y = Conv<auto_pad = "SAME_UPPER", strides = [2], kernel_shape = [3]>(x, taps)',
+    EVERY_FOURTH,
+])  # fmt: skip
+@pytest.mark.parametrize("sizes", ["2..18", "4..36"])
+def test_what_depends_on_remainders_is_refused_or_right(text: str, sizes: str, tmp_path: Path) -> None:
+    """Ends and middle are all even, or all multiples of four: rules that only hold there must not be taken for the truth."""
+    extra = {"taps": np.ones((3, 2, 3), np.float32), "last": np.array([2]), "four": np.array([4]), "none": np.zeros(5, np.int64)}
+    header = '<ir_version: 10, opset_import: ["" : 23]> net (float[1,2,length] x) => (float[1,channels,result] y)'
+    path = written(f"{header} {{ {text} }}", tmp_path, **extra)
+    with pytest.raises(UnsupportedOpError) as caught:
+        compiled(path, f"x:1,2,{sizes}")
+    assert caught.value.where
+    assert not (tmp_path / "out.edgekit").exists()
+
+
 def test_a_model_that_does_not_run_at_another_shape(tmp_path: Path) -> None:
     text = """
     <ir_version: 10, opset_import: ["" : 23]>

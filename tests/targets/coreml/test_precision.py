@@ -28,3 +28,31 @@ def test_masked_scores(low: float) -> None:
     """A row that is masked whole is uniform, as in float32, and never NaN."""
     mask = np.array([[0, 0, low, low], [low] * 4], np.float32)
     check(text("s = Add(x, mask) y = Softmax(s)"), {"x": RNG.normal(size=(2, 4)).astype(np.float32)}, half=True, mask=mask)
+
+
+@pytest.mark.parametrize("moved", [
+    "b = Slice(p, begin, end, axis)", "b = Tile(p, reps)", "n = Where(m, zero, high) b = Neg(n)",
+    "h = Where(m, zero, lower) b = Mul(h, part)",
+    "u = Unsqueeze(p, axis) b = Squeeze(u, axis)", "b = Gather<axis = 0>(p, rows)",
+])  # fmt: skip
+def test_masks_that_are_moved_before_they_are_added(moved: str) -> None:
+    constants = {
+        "zero": np.float32(0), "low": np.float32(-1e9), "high": np.float32(1e9), "lower": np.float32(-2e9), "part": np.float32(0.5),
+        "begin": np.array([0]), "end": np.array([2]), "axis": np.array([0]), "reps": np.array([1, 1]), "rows": np.array([0, 1]),
+    }  # fmt: skip
+    body = f"m = Greater(x, zero) p = Where(m, zero, low) {moved} s = Add(x, b) y = Softmax(s)"
+    x = np.array([[1, 2, -1, -2], [-1, -2, -3, -4]], np.float32)  # all of the second row is masked
+    used = {name: array for name, array in constants.items() if name in body.replace("(", " ").replace(")", " ").replace(",", " ").split()}
+    check(text(body), {"x": x}, half=True, **used)
+
+
+@pytest.mark.parametrize("body", [
+    "s = Mul(x, x) r = ReduceSum(s, axis) e = Add(r, eight) q = Sqrt(e) y = Div(x, q)",
+    "r = ReduceL2(x, axis) q = Clip(r, twelve) y = Div(x, q)",
+    "s = Mul(x, x) e = Add(s, eight) y = Log(e)",
+])  # fmt: skip
+def test_guards_that_float16_has_no_number_for(body: str) -> None:
+    """A row of zeros is divided by its guard, not by zero."""
+    constants = {"axis": np.array([1]), "eight": np.float32(1e-8), "twelve": np.float32(1e-12)}
+    x = np.array([[1, 2, -1, 0.5], [0, 0, 0, 0]], np.float32)
+    check(text(body), {"x": x}, half=True, **{name: array for name, array in constants.items() if name in body})

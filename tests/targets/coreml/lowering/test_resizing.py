@@ -28,15 +28,15 @@ def _attributes(**given) -> str:
 SCALES = [(1, 1, 2, 3), (1, 1, 0.5, 0.7), (1, 1, 1.7, 0.4), (1, 2.5, 1, 1.3)]
 
 
-def _by_scales(**attributes):
+def _by_scales(runtime=False, **attributes):
     """All scales in one model."""
     outputs, body, constants = [], [], {}
     for at, scales in enumerate(SCALES):
-        shape = ",".join(str(int(np.float32(size * scale))) for size, scale in zip(X.shape, scales, strict=True))
+        shape = ",".join(str(int(np.float32(size) * np.float32(scale))) for size, scale in zip(X.shape, scales, strict=True))
         outputs.append(f"float[{shape}] y{at}")
         body.append(f'y{at} = Resize<{_attributes(**attributes)}>(x, "", s{at})')
         constants[f"s{at}"] = np.array(scales, np.float32)
-    check(graph("float[1,2,5,6] x", ", ".join(outputs), " ".join(body)), {"x": X}, **constants)
+    check(graph("float[1,2,5,6] x", ", ".join(outputs), " ".join(body)), {"x": X}, runtime=runtime, **constants)
 
 
 def _by_sizes(sizes, x=X, **attributes):
@@ -47,7 +47,19 @@ def _by_sizes(sizes, x=X, **attributes):
 
 @pytest.mark.parametrize(("coordinates", "nearest"), itertools.product(COORDINATES, ROUNDED))
 def test_nearest(coordinates, nearest):
-    _by_scales(mode="nearest", coordinate_transformation_mode=coordinates, nearest_mode=nearest)
+    """As ONNX Runtime where it computes places in float32: ONNX's reference does in float64, and misses elements that lie on a place."""
+    runtime = coordinates in ("half_pixel", "pytorch_half_pixel", "asymmetric")
+    _by_scales(mode="nearest", runtime=runtime, coordinate_transformation_mode=coordinates, nearest_mode=nearest)
+
+
+@pytest.mark.parametrize(("size", "new"), [(9, 3), (6, 2), (10, 2), (30, 3), (7, 1), (21, 14)])
+def test_nearest_by_the_scale_of_two_sizes(size, new):
+    """PyTorch's `interpolate(scale_factor=1/3)`: every third element, and not the one before it."""
+    x = np.arange(size, dtype=np.float32)[None, None, None]
+    body = 'y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor">(x, "", s)'
+    text = graph(f"float[1,1,1,{size}] x", f"float[1,1,1,{new}] y", body)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(x), size=(1, new), mode="nearest")
+    np.testing.assert_array_equal(result(text, {"x": x}, s=np.array([1, 1, 1, new / size], np.float32)), expected)
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
