@@ -22,6 +22,9 @@ _LONGEST_VECTOR = 1 << 24
 
 _PLACEHOLDER = "weight-left-out"
 
+_LIKE_FIRST_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization", "Swish", "TensorScatter"})
+"""Operators that onnx 1.23 infers no shape for: they are functions, which are only looked into on request."""
+
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     """Returns the shape of `value` when every dimension is a known non-negative integer, else None."""
@@ -82,6 +85,23 @@ def infer_shapes(model: ir.Model) -> None:
     Raises:
         SourceError: The graph cannot be serialized or analysed at all.
     """
+    _infer(model)
+    while _as_first_input(model.graph):
+        _infer(model)
+
+
+def _as_first_input(graph: ir.Graph) -> bool:
+    """Gives what onnx infers nothing for, though it has the type and shape of its first input, those; says whether there was any."""
+    changed = False
+    for node in graph.all_nodes():
+        source = node.inputs[0] if node.op_type in _LIKE_FIRST_INPUT and node.domain == "" and node.inputs else None
+        if source is not None and source.shape is not None and source.dtype is not None and node.outputs[0].shape is None:
+            node.outputs[0].shape, node.outputs[0].type = source.shape.copy(), ir.TensorType(source.dtype)
+            changed = True
+    return changed
+
+
+def _infer(model: ir.Model) -> None:
     try:
         with without_weights(model):
             proto = ir.to_proto(model)

@@ -139,3 +139,13 @@ def test_a_huge_model_is_inferred_without_its_data(make):
     value.shape = ir.Shape([1 << 20, 1 << 10])
     infer_shapes(model)
     assert shape_of(model, "y") == (2, 1 << 10)
+
+
+@pytest.mark.parametrize("node", ["GroupNormalization<num_groups = 2>(x, scale, scale)", "MeanVarianceNormalization(x)", "Swish(x)"])
+def test_operators_that_onnx_infers_nothing_for(node: str) -> None:
+    """They have the shape of their first input, and so does what follows."""
+    interface = "(float[1,6,4] x, float[6] scale) => (float[a,b,c] z)"
+    text = f'<ir_version: 13, opset_import: ["" : 24]> net {interface} {{ y = {node} w = Relu(y) z = Exp(w) }}'
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    infer_shapes(model)
+    assert [static_shape(node.outputs[0]) for node in model.graph] == [(1, 6, 4)] * 3

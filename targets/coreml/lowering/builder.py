@@ -47,6 +47,8 @@ class Lowering:
         node: The node that is being lowered.
         storage: How weights are stored; None: in the precision that they are computed in.
         needs: For each version above the oldest, which operators asked for it.
+        stored: By the id of an array of weights and the axis of its outputs, the array and what holds it as the user asked (None: itself).
+        turned: By the id of a matrix, the matrix and its transpose: what reads one weight reads one constant.
         quantized: By the id of an array, the array and what adds it to the program in a compressed form (None where there is none).
         write: Writes the nodes of a graph inside a node into the block that is open.
     """
@@ -59,6 +61,8 @@ class Lowering:
     needs: dict[str, list[str]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
     quantized: dict[int, tuple[np.ndarray, Callable[[Lowering, str], Any]]] = field(default_factory=dict)
+    stored: dict[tuple[int, int], tuple[np.ndarray, Any]] = field(default_factory=dict)
+    turned: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     write: Callable[[Lowering, ir.Graph], None] = _no_graphs
     _arrays: dict[ir.Value, np.ndarray] = field(default_factory=dict)
     _constants: dict[tuple[int, str], Any] = field(default_factory=dict)
@@ -66,7 +70,7 @@ class Lowering:
 
     def nested(self) -> Lowering:
         """For a block inside the open one: what is known so far can be read there, and what is made there is not seen outside."""
-        return replace(self, values=dict(self.values), _constants=dict(self._constants), _casts=dict(self._casts))
+        return replace(self, values=dict(self.values), stored=dict(self.stored), _constants=dict(self._constants), _casts=dict(self._casts))
 
     # What the node reads
 
@@ -237,9 +241,12 @@ class Lowering:
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim < 2 or array.size < SMALLEST or self.storage is None:
             return
         self.require(self.storage.version, f"weights as {self.storage.kind}")
-        kept = stored(array, self.storage, axis, self.at_least("iOS18"), self.unique(f"{self._name('')['name']}_weight"))
-        if kept is not None:
-            given[parameter] = kept
+        key = (id(array), axis)
+        if key not in self.stored:
+            name = self.unique(f"{self._name('')['name']}_weight")
+            self.stored[key] = (array, stored(array, self.storage, axis, self.at_least("iOS18"), name))
+        if self.stored[key][1] is not None:
+            given[parameter] = self.stored[key][1]
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, (float, np.floating)) or (isinstance(value, np.ndarray) and value.dtype.kind == "f"):

@@ -45,7 +45,10 @@ def dequantized_constant(
 
 def transposed(b: Lowering, matrix: np.ndarray) -> np.ndarray:
     """The transposed matrix, which is stored compressed where the matrix is."""
+    if id(matrix) in b.turned:
+        return b.turned[id(matrix)][1]
     turned = np.ascontiguousarray(matrix.T)
+    b.turned[id(matrix)] = (matrix, turned)
     _, form = b.quantized.get(id(matrix), (None, None))
     if isinstance(form, Quantized):
         b.quantized[id(turned)] = (turned, form.transposed())

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit.targets.coreml.lowering.builder import Lowering
+from edgekit.targets.coreml.lowering.integers import wrap
 from edgekit.targets.coreml.lowering.layout import axis_of, expand_dims, nonnegative, read_indices, reshape, spread, through_int
 
 _MODES = {"none": "update", "add": "add", "mul": "mul", "max": "max", "min": "min"}
@@ -21,7 +22,21 @@ def _mode(b: Lowering, node: ir.Node) -> str:
     return _MODES[reduction]
 
 
+def _in_range(b: Lowering, node: ir.Node, result: Any) -> Any:
+    """What was added or multiplied into narrow integers keeps their lower bits."""
+    dtype, reduction = node.outputs[0].dtype, node.attributes.get_string("reduction", "none")
+    return wrap(b, result, dtype) if dtype is not None and reduction in ("add", "mul") else result
+
+
 def _scatter_elements(b: Lowering, node: ir.Node) -> Any:
+    return _in_range(b, node, _scattered_elements(b, node))
+
+
+def _scatter_nd(b: Lowering, node: ir.Node) -> Any:
+    return _in_range(b, node, _scattered_slices(b, node))
+
+
+def _scattered_elements(b: Lowering, node: ir.Node) -> Any:
     shape, index_shape = b.shape(node), b.shape(node, 1)
     axis, mode = axis_of(node, len(shape)), _mode(b, node)
     indices = read_indices(b, node, 1, shape[axis])
@@ -46,7 +61,7 @@ def _coordinates(b: Lowering, indices: Any, shape: tuple[int, ...], axis: int) -
     return b.op("concat", values=parts, axis=len(shape))
 
 
-def _scatter_nd(b: Lowering, node: ir.Node) -> Any:
+def _scattered_slices(b: Lowering, node: ir.Node) -> Any:
     shape, depth, mode = b.shape(node), b.shape(node, 1)[-1], _mode(b, node)
     indices = read_indices(b, node, 1, np.array(shape[:depth]))
     return through_int(b, lambda into, new: b.op("scatter_nd", data=into, indices=indices, updates=new, mode=mode), b.x(node), b.x(node, 2))

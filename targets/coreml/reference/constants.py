@@ -110,8 +110,6 @@ def _elements(values: Any, kind: ValueType) -> np.ndarray:
         )
     else:
         array = np.array(values)
-    if array.size == 0 and count == 1:  # protobuf leaves a lone default value out
-        array = np.zeros(1)
     if array.size != count:
         raise SourceError(
             f"a constant of the program holds {array.size} elements where its type says {count}",

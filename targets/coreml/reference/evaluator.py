@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgekit.errors import UsageError, nearest
+from edgekit.errors import EdgekitError, SourceError, UsageError, nearest
 from edgekit.graph.feeds import check_feeds
 from edgekit.targets.coreml.reference.constants import Weights
 from edgekit.targets.coreml.reference.executor import SPECIAL, Executor, Observer
 from edgekit.targets.coreml.reference.operators import OPERATORS
-from edgekit.targets.coreml.reference.package import Package, open_package
+from edgekit.targets.coreml.reference.package import COPY_AGAIN, Package, open_package
 from edgekit.targets.coreml.reference.steps import Compiler, free_early
 from edgekit.targets.coreml.reference.types import ValueType, numpy_dtype, value_type
 
@@ -41,6 +41,8 @@ class Evaluator:
         """
         package = package if isinstance(package, Package) else open_package(package)
         spec = package.spec
+        if not package.functions:
+            raise SourceError("the program has no function", where=str(package.path), fix=COPY_AGAIN)
         name = function or spec.description.defaultFunctionName or ("main" if "main" in package.functions else package.functions[0])
         if name not in spec.mlProgram.functions:
             raise UsageError(f"the package has no function '{name}'", where=str(package.path), fix=nearest(name, package.functions))
@@ -51,12 +53,24 @@ class Evaluator:
         self.inputs = {key: kind for key, kind in kinds.items() if kind.kind != "state"}
         self.states = {key: kind for key, kind in kinds.items() if kind.kind == "state"}
         self._allowed = {feature.name: _allowed_shapes(feature.type) for feature in description.input}
-        self._optional = {feature.name for feature in description.input if feature.type.isOptional}
         compiler = Compiler(OPERATORS, SPECIAL, Weights(package.weights), f"function '{name}' of {package.path.name}")
         scope = {key: compiler.slot() for key in kinds}
         self._slots = dict(scope)
+        if program.opset not in program.block_specializations:  # asking the message for it would make an empty one
+            raise SourceError(
+                f"function '{name}' has no operations for its opset '{program.opset}'", where=str(package.path), fix=COPY_AGAIN
+            )
         block_spec = program.block_specializations[program.opset]
-        self._block = compiler.block(block_spec, scope)
+        try:
+            self._block = compiler.block(block_spec, scope)
+        except EdgekitError:
+            raise
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError) as error:
+            raise SourceError(
+                f"the program is damaged: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}",
+                where=str(package.path),
+                fix=COPY_AGAIN,
+            ) from error
         free_early(self._block)
         self._count = compiler.slots
         self.outputs = list(block_spec.outputs)
@@ -180,4 +194,8 @@ def predict(
 
     To run one package often, make an `Evaluator` once: reading the package takes longer than running it.
     """
+    if not isinstance(inputs, Mapping):
+        raise UsageError(
+            f"the inputs are a {type(inputs).__name__}, not a mapping of names to arrays", where="predict", fix="give {name: array}"
+        )
     return Evaluator(path, function).run(inputs, state)

@@ -48,7 +48,7 @@ class Executor:
                 results = self._step(step)
             except EdgekitError:
                 raise
-            except (RuntimeError, ValueError, TypeError, IndexError, ZeroDivisionError, NotImplementedError) as error:
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, NotImplementedError) as error:
                 raise LoweringError(
                     f"'{step.operator}' cannot be computed: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}",
                     where=f"operation '{step.name}'",

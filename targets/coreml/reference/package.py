@@ -11,7 +11,7 @@ from edgekit.errors import SourceError, UnsupportedOpError
 
 NEWEST_SPECIFICATION = 9
 """The newest Core ML specification whose operators the evaluator knows: that of iOS18 and macOS15."""
-_AGAIN = "copy the whole .mlpackage folder again"
+COPY_AGAIN = "copy the whole .mlpackage folder again"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open_package(path: str | Path) -> Package:
     try:
         spec.ParseFromString(file.read_bytes())
     except DecodeError as error:
-        raise SourceError("the package's model file is cut short or damaged", where=str(file), fix=_AGAIN) from error
+        raise SourceError("the package's model file is cut short or damaged", where=str(file), fix=COPY_AGAIN) from error
     version = spec.specificationVersion
     if version > NEWEST_SPECIFICATION:
         raise SourceError(
@@ -62,7 +62,7 @@ def open_package(path: str | Path) -> Package:
         )
     kind = spec.WhichOneof("Type")
     if kind is None:
-        raise SourceError("the package's model file holds no model: it is cut short or damaged", where=str(file), fix=_AGAIN)
+        raise SourceError("the package's model file holds no model: it is cut short or damaged", where=str(file), fix=COPY_AGAIN)
     if kind != "mlProgram":
         raise UnsupportedOpError(
             f"the package holds a model of type '{kind}', not an ML Program",
@@ -88,11 +88,11 @@ def _model_file(path: Path) -> Path:
         item = content["itemInfoEntries"][content["rootModelIdentifier"]]
         file = path / "Data" / str(item["path"])
     except FileNotFoundError as error:
-        raise SourceError("the folder is no .mlpackage: it has no Manifest.json", where=str(path), fix=_AGAIN) from error
+        raise SourceError("the folder is no .mlpackage: it has no Manifest.json", where=str(path), fix=COPY_AGAIN) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError("the package's Manifest.json is damaged", where=str(manifest), fix=_AGAIN) from error
+        raise SourceError("the package's Manifest.json is damaged", where=str(manifest), fix=COPY_AGAIN) from error
     if not file.resolve().is_relative_to(path.resolve()):
-        raise SourceError("the package's Manifest.json names a model outside the package", where=str(manifest), fix=_AGAIN)
+        raise SourceError("the package's Manifest.json names a model outside the package", where=str(manifest), fix=COPY_AGAIN)
     if not file.is_file():
-        raise SourceError(f"the package's model file is missing: {item['path']}", where=str(path), fix=_AGAIN)
+        raise SourceError(f"the package's model file is missing: {item['path']}", where=str(path), fix=COPY_AGAIN)
     return file

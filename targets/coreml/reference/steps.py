@@ -122,7 +122,7 @@ class Compiler:
         assert step.function is not None
         try:
             result = step.function(**step.constants)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise SourceError(
                 f"the compressed weights '{step.name}' ({step.operator}) cannot be expanded: {str(error).strip().splitlines()[0]}",
                 where=self._where,

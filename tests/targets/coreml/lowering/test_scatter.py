@@ -82,3 +82,11 @@ def test_tensor_scatter(mode, first, known, axis):
     text = graph(f"float[2,3,4,5] x, float[{dims}] u{declared}", "float[2,3,4,5] y", body).replace(": 23", ": 24")
     inputs = {"x": floats(2, 3, 4, 5), "u": floats(*shape, seed=2)} | ({"w": at} if known is False else {})
     check(text, inputs, **({"w": at} if known else {}))
+
+
+@pytest.mark.parametrize("operator", ['y = ScatterElements<reduction = "add">(x, i, u)', 'y = ScatterND<reduction = "add">(x, p, u)'])
+def test_sums_of_narrow_integers_wrap(operator: str) -> None:
+    """200 + 100 is 44 in eight bits, also where it is read as a float."""
+    text = graph("uint8[3] x, uint8[2] u", "uint8[3] y, float[3] z", f"{operator} z = Cast<to = 1>(y)")
+    constants = {"i": np.array([0, 2])} if "Elements" in operator else {"p": np.array([[0], [2]])}
+    check(text, {"x": np.array([200, 7, 255], np.uint8), "u": np.array([100, 1], np.uint8)}, runtime=True, **constants)
