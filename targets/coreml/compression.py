@@ -42,6 +42,9 @@ class Storage:
         return "iOS18" if self.kind == "int4" else "iOS16"
 
 
+_SMALLEST_BLOCK = 8
+
+
 def parse_storage(text: str) -> Storage | None:
     """Reads the option `weights`: `palette1`, 2, 4, 6 or 8, `int8`, `int4` (`int4:64`: in blocks of 64) or `sparse`.
 
@@ -120,15 +123,21 @@ def quantize_channels(array: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndar
     return np.clip(np.rint(array / spread), -127, 127).astype(np.int8), scale
 
 
-def quantize_blocks(array: np.ndarray, axis: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _divisor(size: int, block: int) -> int:
+    """The largest divisor of `size` that does not exceed `block`."""
+    return next(number for number in range(min(block, size), 0, -1) if size % number == 0)
+
+
+def quantize_blocks(array: np.ndarray, axis: int, block: int, whole_kernel: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric 4-bit integers in −7 … 7 (int8, the tensor's shape) and float64 scales: one per `block` elements of `axis` and per output.
 
-    The block shrinks to the largest divisor of the axis that does not exceed it.
+    The block shrinks to the largest divisor of the axis that does not exceed it. With `whole_kernel` the axes after the second, which are
+    those of a convolution's kernel where `axis` is 1, share a scale.
     """
     size = array.shape[axis]
-    block = next(number for number in range(min(block, size), 0, -1) if size % number == 0)
+    block = _divisor(size, block)
     split = array.astype(np.float64).reshape(*array.shape[:axis], size // block, block, *array.shape[axis + 1 :])
-    others = tuple(range(2, array.ndim)) if axis == 1 else ()
+    others = tuple(range(2, array.ndim)) if axis == 1 and whole_kernel else ()
     axes = (axis + 1, *(index + 1 for index in others))
     scale = np.abs(split).max(axis=axes, keepdims=True) / 7
     scale = np.where(scale > 0, scale, 1.0)
@@ -195,6 +204,9 @@ def _channels(array: np.ndarray, axis: int, modern: bool, name: str) -> Any | No
 
 
 def _blocks(array: np.ndarray, axis: int, block: int, name: str) -> Any | None:
-    data, scale = quantize_blocks(array, 1 if axis == 0 else 0, block)
+    inner = 1 if axis == 0 else axis - 1
+    if _divisor(array.shape[inner], block) < _SMALLEST_BLOCK:  # a scale would take as much room as what it scales
+        return _channels(array, axis, True, name)
+    data, scale = quantize_blocks(array, inner, block, whole_kernel=axis == 0)
     rounded = rounded_scale(scale, array.dtype)
     return None if rounded is None else blockwise(data, rounded, None, "int4", name)

@@ -18,7 +18,7 @@ from edgekit.targets.coreml.versions import VERSIONS
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16})
 _INT32 = np.iinfo(np.int32)
 _HALF_MAX = 65504.0
-_WEIGHTS = {"linear": ("weight", 0), "conv": ("weight", 0), "conv_transpose": ("weight", 1), "matmul": ("y", 1), "gather": ("x", 0)}
+_WEIGHTS = {"linear": ("weight", 0), "conv": ("weight", 0), "conv_transpose": ("weight", 1), "matmul": ("y", -1), "gather": ("x", 0)}
 """Of operators that read weights: their parameter, and the axis of its output channels."""
 
 
@@ -224,7 +224,8 @@ class Lowering:
 
         given = {key: self._argument(value) for key, value in arguments.items() if value is not None}
         if self.storage is not None and name in _WEIGHTS:
-            self._store(given, *_WEIGHTS[name])
+            parameter, axis = _WEIGHTS[name]
+            self._store(given, parameter, axis - 1 if name == "matmul" and given.get("transpose_y") else axis)
         try:
             return getattr(mb, name)(**given, **self._name(""))
         except EdgekitError:
@@ -241,6 +242,7 @@ class Lowering:
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim < 2 or array.size < SMALLEST or self.storage is None:
             return
         self.require(self.storage.version, f"weights as {self.storage.kind}")
+        axis %= array.ndim
         key = (id(array), axis)
         if key not in self.stored:
             name = self.unique(f"{self._name('')['name']}_weight")

@@ -132,6 +132,21 @@ def test_scales_that_vanish_in_float16_leave_weights_as_they_are(form: str) -> N
     assert np.abs(found).max() > 1e-4
 
 
+@pytest.mark.parametrize(("form", "shape"), [("int8", (3, 96, 64)), ("int4", (3, 96, 64)), ("int4", (197, 64))])
+def test_each_output_of_a_product_has_scales_of_its_own(form: str, shape: tuple[int, ...]) -> None:
+    """Outputs differ in size by 1,000: with common scales the small ones would vanish. 197 is prime, and gets no block of 4 bits."""
+    rng = np.random.default_rng(0)
+    matrix = (rng.normal(size=shape) * 10.0 ** np.linspace(-3, 0, shape[-1])).astype(np.float32)
+    batch = "".join(f"{size}," for size in shape[:-2])
+    text = f"net (float[{batch}4,{shape[-2]}] x) => (float[{batch}4,{shape[-1]}] y) {{ y = MatMul(x, matrix) }}"
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> {text}')
+    model.graph.initializer.append(onnx.numpy_helper.from_array(matrix, "matrix"))
+    feeds = {"x": rng.normal(size=(*shape[:-2], 4, shape[-2])).astype(np.float32)}
+    exact, found = (run(lower(model, storage=storage), feeds)["y"] for storage in (None, parse_storage(form)))
+    error = np.linalg.norm(found - exact, axis=tuple(range(exact.ndim - 1))) / np.linalg.norm(exact, axis=tuple(range(exact.ndim - 1)))
+    assert 1e-4 < error.max() < (0.05 if form == "int8" or shape[0] == 197 else 0.3)
+
+
 def test_wrong_forms() -> None:
     for text in ("palette3", "int5", "int4:x", "palette", "int4:1"):
         with pytest.raises(UsageError, match="weights"):
