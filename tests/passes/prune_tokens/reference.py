@@ -57,7 +57,7 @@ class Network:
         vit, w, reduction = self.vit, self.w, reduction or Reduction()
         x = self.linear(feeds["x"].astype(np.float64), "embed")
         if vit.prefix:
-            x = np.concatenate([np.repeat(w["prefix"], vit.batch, 0), x], 1)
+            x = np.concatenate([feeds["front"] if vit.given_prefix else np.repeat(w["prefix"], vit.batch, 0), x], 1)
         x = x + w["position"]
         shape = (vit.batch, vit.tokens)
         state = State(x, np.ones(shape, bool), None, np.ones(shape))

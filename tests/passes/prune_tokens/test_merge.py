@@ -24,6 +24,7 @@ VITS = {
     "mean with a class token": Vit(pool="mean", batch=3),
     "mean of patches": Vit(prefix=1, pool="mean-patches"),
     "mean of patches, registers": Vit(prefix=5, pool="mean-patches", batch=3),
+    "mean of patches, the rest given": Vit(prefix=2, pool="mean-patches", given_prefix=True),
     "class token and mean": Vit(pool="both", batch=2),
     "packed": Vit(packed=True, batch=3),
     "post-norm": Vit(post_norm=True),

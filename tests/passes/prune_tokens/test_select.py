@@ -37,6 +37,7 @@ WITHOUT_CLASS_TOKEN = {
     "mean": Vit(prefix=0, pool="mean", batch=3),
     "mean with a class token": Vit(pool="mean"),
     "mean of patches": Vit(prefix=5, pool="mean-patches", batch=2),
+    "mean of patches, the rest given": Vit(prefix=2, pool="mean-patches", given_prefix=True, batch=2),
     "mean, rotary": Vit(prefix=0, pool="mean", rotary=True, batch=2),
 }
 

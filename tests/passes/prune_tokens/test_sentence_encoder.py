@@ -191,7 +191,11 @@ BAD = {
     ],
     "the sum itself": lambda add, x, mask: [add("ReduceSum", add("Mul", x, add("Unsqueeze", mask, add.constant([2]))), add.constant([1]))],
     "the other way round": lambda add, x, mask: [
-        add("Div", counted(add, mask), add("ReduceSum", add("ReduceSum", x, add.constant([2]), keepdims=0), add.constant([1])))
+        add(
+            "Div",
+            add.constant(np.float32(1)),
+            add("ReduceSum", add("Mul", x, add("Unsqueeze", mask, add.constant([2]))), add.constant([1]), keepdims=0),
+        )
     ],
 }
 

@@ -31,6 +31,7 @@ class Vit:
         patch_width: Channels of a patch.
         hidden: Width of the MLP, in multiples of C.
         prefix: Tokens at the front that are parameters: class, distillation, register tokens.
+        given_prefix: Whether they are no parameters but a second input `front` `[B, prefix, C]`.
         pool: What the head reads: `class`, `distilled` (the first two tokens, each with a head of its own, averaged), `mean` of all
             tokens, `mean-patches` of those after the prefix, `both` (the first token and the mean of all, each with a head of its own).
         table: Whether each block adds a position bias `[1, H, N, N]` to its logits.
@@ -49,6 +50,7 @@ class Vit:
     patch_width: int = 12
     hidden: int = 2
     prefix: int = 1
+    given_prefix: bool = False
     pool: str = "class"
     table: bool = False
     rotary: bool = False
@@ -76,7 +78,7 @@ def shapes_of(vit: Vit) -> dict[str, tuple[int, ...]]:
     """The shape of each weight by name."""
     c, h = vit.width, vit.hidden * vit.width
     shapes: dict[str, tuple[int, ...]] = {"embed.w": (vit.patch_width, c), "embed.b": (c,), "position": (1, vit.tokens, c)}
-    if vit.prefix:
+    if vit.prefix and not vit.given_prefix:
         shapes["prefix"] = (1, vit.prefix, c)
     if vit.rotary:
         shapes |= {"cos": (vit.tokens, vit.head_width), "sin": (vit.tokens, vit.head_width)}
@@ -120,6 +122,8 @@ def random_feeds(vit: Vit, seed: int = 1) -> dict[str, np.ndarray]:
     """Seeded inputs; of a masked model each sample has padding at its end, of another length."""
     rng = np.random.default_rng(seed)
     feeds = {"x": rng.normal(size=(vit.batch, vit.patches, vit.patch_width)).astype(np.float32)}
+    if vit.given_prefix:
+        feeds["front"] = rng.normal(size=(vit.batch, vit.prefix, vit.width)).astype(np.float32)
     if vit.mask:
         length = vit.tokens - 1 - np.arange(vit.batch) % max(vit.tokens // 3, 1)
         feeds["mask"] = (np.arange(vit.tokens) < length[:, None]).astype(np.int64)
@@ -184,8 +188,10 @@ def graph(vit: Vit, weights: Mapping[str, np.ndarray] | None = None, between: Be
     inputs = [x]
     stream = add("Add", add("MatMul", x, w["embed.w"]), w["embed.b"])
     if vit.prefix:
-        front = w["prefix"]
-        if vit.batch > 1:
+        front = given("front", (vit.batch, vit.prefix, vit.width)) if vit.given_prefix else w["prefix"]
+        if vit.given_prefix:
+            inputs.append(front)
+        elif vit.batch > 1:
             front = add("Expand", front, add.constant([vit.batch, vit.prefix, vit.width]))
         stream = add("Concat", front, stream, axis=1)
     stream = add("Add", stream, w["position"])
@@ -275,8 +281,9 @@ def head(add: Nodes, vit: Vit, w: Mapping[str, ir.Value], x: ir.Value) -> ir.Val
     first = linear(add, add("Gather", x, add.constant(np.array(0)), axis=1), w, "head")
     if vit.pool == "class":
         return first
-    other = add("ReduceMean", x, add.constant([1]), keepdims=0)
     if vit.pool == "distilled":
         other = add("Gather", x, add.constant(np.array(1)), axis=1)
+    else:
+        other = add("ReduceMean", x, add.constant([1]), keepdims=0)
     second = linear(add, other, w, "head2")
     return add("Mul", add("Add", first, second), add.constant(np.float32(0.5)))
